@@ -1,0 +1,1 @@
+"""Causal attention: over a paged cache (serving) and over whole sequences (training)."""

@@ -1,0 +1,24 @@
+"""What can go wrong, by who can mend it. Every message says what was wrong, where, and what to do."""
+
+
+class AttendantError(Exception):
+    """Base of every error that this project raises on purpose. Its text is meant for a person."""
+
+
+class ConfigError(AttendantError):
+    """The operator asked for something that cannot be had: a device, a dtype, a memory size."""
+
+
+class CheckpointError(AttendantError):
+    """A model directory cannot be used. The text names the file and the reason."""
+
+
+class InvalidRequest(AttendantError):  # noqa: N818 - named for what the client sent, as an HTTP 400 is
+    """The client asked for something that cannot be served. Refused before it reaches the engine thread.
+
+    `param` is the field at fault, in the API's own words, where one field is.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
