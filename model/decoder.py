@@ -1,4 +1,4 @@
-"""The one decoder: token ids in, hidden states out. Where keys and values live is the attention's business, not its own.
+"""The one decoder: token ids in, hidden states out. Where keys and values live is the attention's business.
 
 Tokens of all sequences stand in one flat row, `[num_tokens]`, each with its position. The same forward pass therefore
 trains on whole sequences, prefills a chunk and decodes a batch: only the `Attend` that is handed in differs.
