@@ -54,7 +54,9 @@ class RMSNorm(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021): pair (i, i + head_dim/2) of a head turns by position * theta^(-2i/head_dim)."""
+    """Rotary positions (Su et al. 2021): pair (i, i + head_dim/2) of a head turns by
+    position * theta^(-2i/head_dim).
+    """
 
     def __init__(self, head_dim: int, max_positions: int, theta: float) -> None:
         super().__init__()

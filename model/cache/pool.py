@@ -1,0 +1,38 @@
+"""The memory of attention: the tensors that hold keys and values, and nothing else."""
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+
+class KVPool:
+    """Keys and values of every layer, in slots. A block is `block_size` slots in a row; a slot holds one token.
+
+    Block 0 is the null block: no request ever owns it and nothing is ever stored in it, so it stays zero. Whatever pads
+    a batch points there, and what freed blocks still hold, NaN included, can never reach a result.
+
+    keys, values: [num_layers, num_slots, num_kv_heads, head_dim], block 0 included.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_layers, (num_blocks + 1) * block_size, config.num_kv_heads, config.head_dim)
+        self.block_size = block_size
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each [num_slots, num_kv_heads, head_dim]."""
+        return self.keys[index], self.values[index]
+
+    def store(self, layer: int, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write new tokens into their slots. slot_mapping: [num_tokens]; k, v: [num_tokens, num_kv_heads, head_dim]."""
+        self.keys[layer].index_copy_(0, slot_mapping, k)
+        self.values[layer].index_copy_(0, slot_mapping, v)
+
+
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token takes over all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize

@@ -1,0 +1,148 @@
+"""The engine: requests are added, steps are taken, tokens come out. Open this file first.
+
+One step is schedule -> stage -> run -> commit. Nothing else changes a request or touches the cache. An engine belongs
+to one thread; `model.engine.loop` gives it one of its own.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from model.cache.pool import KVPool
+from model.checkpoint import load_checkpoint
+from model.config import EngineConfig
+from model.decoder import Decoder
+from model.engine.batch import decodes_first, stage
+from model.engine.memory import resolve_device, resolve_dtype, size_cache
+from model.engine.request import Request, TokenOutput
+from model.engine.runner import Runner
+from model.engine.scheduler import Scheduler
+from model.errors import InvalidRequest
+from model.sampling.params import SamplingParams
+
+
+class StepStats(NamedTuple):
+    """One step in numbers. The last four count from the engine's start.
+
+    seconds: the whole step; kv_cache_usage: blocks held by running requests, 0 to 1.
+    prefix_queries, prefix_hits: tokens looked up in the prefix cache, and found.
+    """
+
+    seconds: float
+    num_running: int
+    num_waiting: int
+    num_tokens: int
+    num_generated: int
+    kv_cache_usage: float
+    num_preemptions: int
+    num_failed_steps: int
+    prefix_queries: int
+    prefix_hits: int
+
+
+class Engine:
+    """Continuous batching over one decoder: requests join and leave between steps."""
+
+    def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
+        """Raises `ConfigError` where the cache cannot hold what `config` asks for."""
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        weight = decoder.embedding
+        self.config = config
+        self.model_config = decoder.config
+        self.max_model_len, num_blocks = size_cache(decoder.config, config, weight.dtype, weight.device)
+        self.device = weight.device
+        self.scheduler = Scheduler(config, num_blocks, decoder.config.eos_token_ids)
+        pool = KVPool(decoder.config, num_blocks, config.block_size, weight.dtype, weight.device)
+        self.runner = Runner(decoder, pool)
+        self.num_failed_steps = 0
+        self.stats = StepStats(0.0, 0, 0, 0, 0, 0.0, 0, 0, 0, 0)
+
+    @classmethod
+    def from_checkpoint(cls, directory: Path, config: EngineConfig) -> "Engine":
+        """Load a model directory. Raises `CheckpointError` and `ConfigError`."""
+        device = resolve_device(config.device)
+        decoder = load_checkpoint(directory, dtype=resolve_dtype(config.dtype, device), device=device)
+        if config.dtype == "int8":
+            decoder.quantize()
+        return cls(decoder, config)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would compute anything."""
+        return self.scheduler.has_work
+
+    def validate(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise `InvalidRequest`, with the numbers, for what could never be served. Safe from any thread."""
+        if not prompt_ids:
+            raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
+        vocab_size = self.model_config.vocab_size
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
+            raise InvalidRequest(f"the prompt holds token ids outside [0, {vocab_size})", param="prompt")
+        if len(prompt_ids) >= self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt_ids)} tokens; with room for one more, "
+                f"the context of {self.max_model_len} allows {self.max_model_len - 1}",
+                param="prompt",
+            )
+        if len(prompt_ids) + params.max_tokens > self.max_model_len:
+            raise InvalidRequest(
+                f"{len(prompt_ids)} prompt tokens and max_tokens {params.max_tokens} exceed the context of "
+                f"{self.max_model_len}; at most {self.max_model_len - len(prompt_ids)} can be generated",
+                param="max_tokens",
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises `InvalidRequest`."""
+        self.validate(request.token_ids[: request.num_prompt_tokens], request.params)
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request at once and free its blocks. False if it is not here any more."""
+        return self.scheduler.abort(request_id)
+
+    def step(self) -> list[TokenOutput]:
+        """Compute one step for all requests that fit. An exception leaves the engine as it was before `commit`."""
+        started = time.perf_counter()
+        step = self.scheduled = decodes_first(self.scheduler.schedule())
+        next_ids = self.runner.run(stage(step, self.config.block_size, self.device)) if step.requests else []
+        outputs = self.scheduler.commit(step, next_ids)
+        self._observe(started, step.num_tokens, len(outputs))
+        return outputs
+
+    def fail_step(self) -> list[TokenOutput]:
+        """After `step` raised: end the requests of that step, spare the others."""
+        self.num_failed_steps += 1
+        return self.scheduler.fail(self.scheduled)
+
+    def generate(self, request: Request) -> Iterator[TokenOutput]:
+        """Run one request to its end, step by step. For scripts and tests: it drives the engine itself."""
+        self.add(request)
+        while True:
+            for output in self.step():
+                if output.request_id == request.request_id:
+                    yield output
+                    if output.finish_reason:
+                        return
+
+    def check_integrity(self) -> None:
+        """Assert the invariants of the cache. For tests, and for an idle service."""
+        self.scheduler.check_integrity()
+
+    def _observe(self, started: float, num_tokens: int, num_generated: int) -> None:
+        scheduler = self.scheduler
+        self.stats = StepStats(
+            seconds=time.perf_counter() - started,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_tokens=num_tokens,
+            num_generated=num_generated,
+            kv_cache_usage=1.0 - scheduler.blocks.num_free / scheduler.blocks.num_blocks,
+            num_preemptions=scheduler.num_preemptions,
+            num_failed_steps=self.num_failed_steps,
+            prefix_queries=scheduler.prefix.queried_tokens,
+            prefix_hits=scheduler.prefix.hit_tokens,
+        )

@@ -1,0 +1,63 @@
+"""What the machine can hold: the device, the dtype, and how many blocks the cache gets."""
+
+import os
+
+import torch
+
+from model.cache.pool import bytes_per_token
+from model.config import Device, Dtype, EngineConfig, ModelConfig
+from model.errors import ConfigError
+
+# Of the memory that is there, for keys and values. The CPU's is shared with everything else on the machine.
+CPU_SHARE = 0.1
+CUDA_SHARE = 0.8
+
+
+def resolve_device(device: Device) -> torch.device:
+    """The device that a setting stands for. Raises `ConfigError` for `cuda` where there is none."""
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device here; use 'cpu' or 'auto'")
+    return torch.device("cuda" if available and device != "cpu" else "cpu")
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The dtype of weights and cache. int8 is quantized from fp32, its cache stays in fp32."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if dtype == "bf16" else torch.float32
+
+
+def size_cache(model: ModelConfig, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """(max_model_len, num_blocks): every admitted request fits the cache alone, so the oldest one can always finish.
+
+    Raises `ConfigError` where what was asked for cannot be so.
+    """
+    tokens = config.kv_cache_tokens
+    if tokens is None:
+        affordable = int(_memory_for_cache(device)) // bytes_per_token(model, dtype)
+        tokens = min(affordable, config.max_num_seqs * (config.max_model_len or model.max_position_embeddings))
+    num_blocks = tokens // config.block_size
+    capacity = num_blocks * config.block_size
+    if capacity == 0:
+        raise ConfigError(f"a cache of {tokens} tokens is smaller than one block of {config.block_size}")
+    if config.max_model_len is None:
+        return min(model.max_position_embeddings, capacity), num_blocks
+    if config.max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} exceeds the {model.max_position_embeddings} positions of the model"
+        )
+    if config.max_model_len > capacity:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} does not fit a cache of {capacity} tokens; "
+            f"raise kv_cache_tokens or lower max_model_len"
+        )
+    return config.max_model_len, num_blocks
+
+
+def _memory_for_cache(device: torch.device) -> float:
+    """Bytes that the cache may take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return CUDA_SHARE * free
+    return CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
