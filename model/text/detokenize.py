@@ -1,7 +1,7 @@
 """From a growing list of token ids to text that can be shown at once, and stop strings that never are.
 
-Each token's bytes go through one incremental UTF-8 decoder, so the cost is linear in the text, half a character is never
-shown, and nothing that came before the completion can leak into it.
+Each token's bytes go through one incremental UTF-8 decoder, so the cost is linear in the text, half a character is
+never shown, and nothing that came before the completion can leak into it.
 """
 
 import codecs
