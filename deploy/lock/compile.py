@@ -1,0 +1,54 @@
+"""Writes the lock files beside it: every package of an install, pinned. Run it by `make lock` after editing pyproject.
+
+`serve.txt` is what serving needs; `train.txt`, `load.txt` and `test.txt` add their extra to it and hold what is new.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PYPROJECT = HERE.parent.parent / "pyproject.toml"
+
+
+def resolve(requirements: list[str], constraints: dict[str, str]) -> dict[str, str]:
+    """Package name -> version of everything that pip would install for these requirements in an empty environment."""
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.writelines(f"{name}=={version}\n" for name, version in constraints.items())
+        file.flush()
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+        output = subprocess.run(
+            [*command, "--report", "-", "--constraint", file.name, *requirements],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
+    metadata = (entry["metadata"] for entry in json.loads(output)["install"])
+    return {item["name"].lower().replace("_", "-"): item["version"].split("+")[0] for item in metadata}
+
+
+def write(name: str, pins: dict[str, str], *, includes: tuple[str, ...] = ()) -> None:
+    """One lock file."""
+    lines = ["# Written by `make lock`. Do not edit.", *(f"-r {include}.txt" for include in includes)]
+    lines += [f"{package}=={version}" for package, version in sorted(pins.items())]
+    (HERE / f"{name}.txt").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Resolve what serving needs, then each extra on top of it."""
+    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    serve = resolve(project["dependencies"], {})
+    write("serve", serve)
+    extras = project["optional-dependencies"]
+    pinned = dict(serve)
+    for name in ("train", "load", "test"):
+        pins = resolve([*project["dependencies"], *extras[name]], pinned)
+        write(name, {package: pins[package] for package in pins.keys() - serve.keys()}, includes=("serve",))
+        pinned |= pins
+
+
+if __name__ == "__main__":
+    main()
