@@ -1,0 +1,61 @@
+"""The routes beside generation: which model, is it well, how is it doing."""
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from service import __version__
+from service.api.body import unknown_model
+from service.completion import Service
+from service.metrics import CONTENT_TYPE, merge
+
+READY_TIMEOUT_S = 2.0
+METRICS_TIMEOUT_S = 2.0
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Response:
+    """The one model of this service."""
+    return JSONResponse({"object": "list", "data": [_card(request.app.state.service)]})
+
+
+@router.get("/v1/models/{model:path}")
+async def retrieve_model(request: Request, model: str) -> Response:
+    """The model of that name, if it is the one of this service."""
+    service: Service = request.app.state.service
+    if model != service.model_name:
+        raise unknown_model(model, service.model_name)
+    return JSONResponse(_card(service))
+
+
+@router.get("/health")
+async def health() -> Response:
+    """This process answers. It says nothing about the engines."""
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """An engine answers, so a request would be served."""
+    service: Service = request.app.state.service
+    await service.dispatcher.probe(READY_TIMEOUT_S)
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """This ingress' instruments and those of every engine replica, in Prometheus' text format."""
+    service: Service = request.app.state.service
+    engines = await service.dispatcher.expositions(METRICS_TIMEOUT_S)
+    return Response(merge([service.metrics.expose(), *engines]), headers={"content-type": CONTENT_TYPE})
+
+
+@router.get("/version")
+async def version() -> Response:
+    """Which release of Attendant this is."""
+    return JSONResponse({"version": __version__})
+
+
+def _card(service: Service) -> dict[str, object]:
+    return {"id": service.model_name, "object": "model", "created": service.created, "owned_by": "attendant"}

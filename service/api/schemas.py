@@ -1,0 +1,221 @@
+"""What a request body may say. A field is honoured, or refused by name: nothing is accepted and ignored.
+
+Three kinds of fields: those declared on the models below are honoured; those in `NO_OP_VALUES` are known but not
+done, and pass only with a value that asks for nothing; any other is unknown. Types are strict: `true` is no integer.
+"""
+
+import hashlib
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model.errors import InvalidRequest
+
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+
+# For each field of the OpenAI schema (and of other servers) that is not done here: the values that ask for nothing.
+NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "cache_salt": (),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "metadata": ({},),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "priority": (0,),
+    "prompt_cache_key": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "safety_identifier": (),
+    "service_tier": ("auto", "default"),
+    "stop_token_ids": ([],),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+
+class Strict(BaseModel):
+    """No coercion, no unknown fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class StreamOptions(Strict):
+    """`include_usage`: one last chunk that counts the tokens."""
+
+    include_usage: bool | None = None
+
+
+class SamplingFields(Strict):
+    """What both endpoints share. `None` means the default, as it does for OpenAI.
+
+    `model` may be left out: a service has one. `user` is metadata for the operator and has no effect, as with OpenAI.
+    """
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options is only for stream: true", param="stream_options")
+        return self
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a sequence, whichever way it was sent."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk that counts the tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class CompletionRequest(SamplingFields):
+    """Body of `POST /v1/completions`."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts one by one, as text or as token ids. Raises `InvalidRequest` when there is none."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise InvalidRequest("prompt must not be an empty list", param="prompt")
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+
+class TextPart(Strict):
+    """A part of a message's content; text is the only kind there is."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Strict):
+    """One turn. `developer` is OpenAI's newer word for `system` and means the same."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def for_template(self) -> dict[str, str]:
+        """The plain form that a chat template reads."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(SamplingFields):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+    @model_validator(mode="after")
+    def _one_token_limit(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise InvalidRequest(
+                f"max_tokens ({self.max_tokens}) and max_completion_tokens ({self.max_completion_tokens}) mean the "
+                "same; send one of them",
+                param="max_completion_tokens",
+            )
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """The limit under either of its names."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+RequestBody = TypeVar("RequestBody", bound=SamplingFields)
+
+
+def parse(schema: type[RequestBody], body: object) -> RequestBody:
+    """A decoded JSON body as `schema`. Raises `InvalidRequest` that names the field at fault."""
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    honoured = {name: value for name, value in body.items() if not _asks_for_nothing(schema, name, value)}
+    for name in honoured:
+        if name in NO_OP_VALUES and name not in schema.model_fields:
+            raise InvalidRequest(f"{name} is not supported here; leave it out", param=name)
+    try:
+        return schema.model_validate(honoured)
+    except ValidationError as error:
+        raise _first_fault(error) from None
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of one of `n` choices. The first takes the client's own, so that n=1 and n=3 begin alike."""
+    if choice == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def _asks_for_nothing(schema: type[SamplingFields], name: str, value: object) -> bool:
+    if name in schema.model_fields or name not in NO_OP_VALUES:
+        return False
+    if value is None:
+        return True
+    # `False == 0` in Python, but a penalty of `false` is a wrong type, not a harmless one.
+    return any(value == idle and isinstance(value, bool) == isinstance(idle, bool) for idle in NO_OP_VALUES[name])
+
+
+def _first_fault(error: ValidationError) -> InvalidRequest:
+    """The first thing pydantic found, in the API's words: `messages[0].content`, not a union's inner names."""
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    path, field = "", ""
+    for step in fault["loc"]:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not path:
+            path = field = step
+        elif field in ("messages", "stream_options") and step.isidentifier() and step not in ("str",):
+            path += f".{step}"
+    if fault["type"] == "extra_forbidden":
+        return InvalidRequest(f"unknown field: {path}", param=path)
+    if fault["type"] == "missing":
+        return InvalidRequest(f"{path} is required", param=path)
+    if field == "prompt":
+        message = "prompt must be a string, a list of strings, a list of token ids, or a list of such lists"
+        return InvalidRequest(message, param="prompt")
+    return InvalidRequest(f"{path}: {fault['msg']}", param=path)

@@ -1,0 +1,78 @@
+"""Server-sent events: the bytes of a stream, and its end, whichever way it comes."""
+
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from service.api.errors import describe
+from service.completion import Completion, Delta
+
+logger = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+def event(body: Mapping[str, object]) -> bytes:
+    """One event with a JSON body."""
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class ChunkWriter:
+    """Writes chunks that differ only in a choice's index, text and finish reason.
+
+    The rest of a chunk is encoded once: a stream has one chunk a token, and a pydantic model each would cost more
+    than the token does. `before` and `after` are the JSON around the text, inside a choice.
+    """
+
+    def __init__(self, envelope: Mapping[str, object], before: str, after: str, *, with_usage: bool) -> None:
+        head = json.dumps({**envelope, "choices": []}, ensure_ascii=False, separators=(",", ":"))
+        self._head = "data: " + head.removesuffix("]}") + '{"index":'
+        self._before = "," + before
+        self._after = after + ',"finish_reason":'
+        # With `include_usage`, every chunk but the last says that its usage is null.
+        self._tail = '}],"usage":null}\n\n' if with_usage else "}]}\n\n"
+
+    def chunk(self, choice: int, text: str | None, finish_reason: str | None) -> bytes:
+        """One event. `text=None` writes an empty object in the text's place: a delta that adds nothing."""
+        reason = "null" if finish_reason is None else f'"{finish_reason}"'
+        body = "{}" if text is None else json.dumps(text, ensure_ascii=False)
+        return f"{self._head}{choice}{self._before}{body}{self._after}{reason}{self._tail}".encode()
+
+
+class EventStream(StreamingResponse):
+    """Streams a completion. It is closed even when the client left before the first byte."""
+
+    def __init__(
+        self,
+        completion: Completion,
+        write: Callable[[list[Delta]], bytes],
+        *,
+        first: bytes = b"",
+        last: Callable[[], bytes] = bytes,
+    ) -> None:
+        self._completion = completion
+        super().__init__(self._events(write, first, last), media_type="text/event-stream", headers=HEADERS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI call; when it ends, whatever the reason, the request's blocks are freed."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._completion.close()
+
+    async def _events(
+        self, write: Callable[[list[Delta]], bytes], first: bytes, last: Callable[[], bytes]
+    ) -> AsyncIterator[bytes]:
+        try:
+            async for deltas in self._completion:
+                yield first + write(deltas)
+                first = b""
+        except Exception as error:
+            logger.exception("a stream broke off")
+            yield event(describe(error)[1]) + DONE
+        else:
+            yield last() + DONE

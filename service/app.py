@@ -1,0 +1,68 @@
+"""The application, as Ray Serve builds it: `service.app:build`, with typed arguments.
+
+serve run service.app:build model=model/checkpoints/storyteller replicas=2
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+
+from model.config import Device, Dtype
+from service.ingress import Ingress
+from service.replica import EngineReplica
+
+# Serve's own queues must never be the ones that fill: the engine knows its backlog and refuses by itself.
+UNBOUNDED = 100_000
+
+
+class AppArgs(BaseModel):
+    """What an operator may choose. `None` means: decided from the checkpoint and the machine.
+
+    model: a Hugging Face directory; model_name: what clients call it, the directory's own name by default.
+    max_waiting: requests that may wait in one replica beyond those that run; the next one gets a 429.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str
+    model_name: str | None = None
+    replicas: Annotated[int, Field(ge=1)] = 1
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
+    max_num_seqs: Annotated[int, Field(ge=1)] = 64
+    kv_cache_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_waiting: Annotated[int, Field(ge=0)] = 256
+    num_threads: Annotated[int, Field(ge=1)] | None = None
+
+
+def build(args: AppArgs) -> serve.Application:
+    """Ingress and engines, bound together."""
+    directory = str(Path(args.model).resolve())
+    name = args.model_name or Path(directory).name
+    engine_options = args.model_dump(
+        include={"dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_tokens", "num_threads"}
+    )
+    engines = serve.deployment(
+        name="Engine",
+        num_replicas=args.replicas,
+        max_ongoing_requests=UNBOUNDED,
+        max_constructor_retry_count=1,
+        health_check_period_s=1,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=20,
+        graceful_shutdown_wait_loop_s=0.5,
+        ray_actor_options={"num_cpus": 0},
+        request_router_config={"request_router_class": "service.router:PinnedRouter"},
+    )(EngineReplica)
+    ingress = serve.deployment(
+        name="Ingress",
+        max_ongoing_requests=UNBOUNDED,
+        max_constructor_retry_count=1,
+        graceful_shutdown_timeout_s=20,
+        graceful_shutdown_wait_loop_s=0.5,
+        ray_actor_options={"num_cpus": 0},
+    )(serve.ingress()(Ingress))
+    return ingress.bind(engines.bind(directory, name, engine_options, args.max_waiting), directory, name)

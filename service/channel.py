@@ -1,0 +1,94 @@
+"""The channel between one ingress and one engine replica: what crosses the Ray hop, and the replica's end of it.
+
+A Ray hop costs by the item, not by the token. So an ingress opens one streaming call to each replica that works for
+it, and everything that a step produced for that ingress crosses as one item. Submitting and aborting are small unary
+calls beside it. The end of the channel tells either side that the other is gone.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from model.sampling.params import SamplingParams
+
+# request_id, new token ids, finish reason or None, prompt tokens found in the cache. A plain tuple: it is pickled
+# once for every request in every step.
+Output = tuple[str, list[int], str | None, int]
+
+
+class Submission(NamedTuple):
+    """One engine request on its way to a replica.
+
+    `output_ids` are tokens already emitted by a replica that died; `resumed` says that this is such a continuation,
+    which is never refused for load: the client was already admitted.
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    output_ids: list[int]
+    resumed: bool
+
+
+class Accepted(NamedTuple):
+    """All submissions of the call are in the engine of this replica."""
+
+    replica_id: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """None of the submissions was taken, and why.
+
+    A value, not an exception: it crosses the hop whole, and Serve logs no traceback for a client's mistake.
+    `kind`: "invalid" (never can be served), "overloaded" (not now), "failed" (this replica's engine is dead).
+    """
+
+    replica_id: str
+    kind: Literal["invalid", "overloaded", "failed"]
+    message: str
+    param: str | None = None
+    retry_after_s: int = 1
+
+
+class EngineInfo(NamedTuple):
+    """What an ingress must know of the engine to refuse at the door. `capacity`: requests running and waiting."""
+
+    max_model_len: int
+    capacity: int
+
+
+class Outbox:
+    """The replica's end of one channel: outputs wait here, in order, until the ingress takes them.
+
+    Lives on the replica's event loop; nothing here is thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self.request_ids: set[str] = set()
+        self.last_seen = time.monotonic()
+        self._outputs: list[Output] = []
+        self._ready = asyncio.Event()
+        self._closed = False
+
+    def put(self, outputs: Iterable[Output]) -> None:
+        """Add a step's outputs; whoever waits in `take` gets all that has gathered."""
+        self._outputs.extend(outputs)
+        self._ready.set()
+
+    def close(self) -> None:
+        """End the channel once what it holds has been taken."""
+        self._closed = True
+        self._ready.set()
+
+    async def take(self) -> list[Output] | None:
+        """Wait for outputs and take all of them; None at the end of the channel."""
+        await self._ready.wait()
+        if self._closed and not self._outputs:
+            return None
+        taken, self._outputs = self._outputs, []
+        if not self._closed:
+            self._ready.clear()
+        return taken

@@ -1,0 +1,212 @@
+"""From pieces of token ids to pieces of text: what one HTTP request gets, streamed or whole, through the same lines."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+from model.errors import InvalidRequest
+from model.sampling.params import SamplingParams
+from model.text.chat_template import ChatTemplate
+from model.text.detokenize import Detokenizer
+from model.text.tokenizer import Tokenizer
+from service.api.schemas import MAX_CHOICES, SamplingFields, choice_seed
+from service.dispatch import Dispatcher
+from service.metrics import IngressMetrics
+from service.streams import Generation, Piece
+
+# Longer texts are tokenized in a thread, so that they do not hold up other clients' streams.
+LONG_TEXT = 8_192
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes work with: one model, its text side, and the engines behind it."""
+
+    model_name: str
+    created: int
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    dispatcher: Dispatcher
+    metrics: IngressMetrics
+
+
+class Delta(NamedTuple):
+    """New text of one choice; the last of a choice has its finish reason."""
+
+    choice: int
+    text: str
+    finish_reason: str | None
+
+
+class Choice:
+    """One of the texts being written, and the clock of its tokens."""
+
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self.first_at = 0.0
+        self.last_at = 0.0
+        self.num_cached_tokens = 0
+        self.finish_reason: str | None = None
+        self._detokenizer = detokenizer
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens taken in; those behind a stop string do not count."""
+        return self._detokenizer.num_tokens
+
+    def feed(self, piece: Piece) -> str:
+        """The text that these tokens make safe to show. Sets `finish_reason` when the choice is over."""
+        text = self._detokenizer.feed(piece.token_ids)
+        if piece.finish_reason is not None:
+            text += self._detokenizer.flush()
+            self.finish_reason = piece.finish_reason
+        if self._detokenizer.stopped:
+            self.finish_reason = "stop"
+        return text
+
+
+class Completion:
+    """All choices of one request. Iterate it for the text; close it whatever happens."""
+
+    def __init__(self, service: Service, generation: Generation, prompts: Sequence[list[int]], stop: Sequence[str]):
+        self._service = service
+        self._generation = generation
+        self._choices_per_prompt = len(generation.streams) // len(prompts)
+        self._arrived = time.perf_counter()
+        self._choices = [Choice(Detokenizer(service.tokenizer, stop)) for _ in generation.streams]
+        self._first: list[Piece] = []
+        self._num_prompt_tokens = sum(map(len, prompts))
+
+    @classmethod
+    async def start(
+        cls, service: Service, prompts: Sequence[list[int]], fields: SamplingFields, max_tokens: int | None
+    ) -> Self:
+        """Submit the request and wait for its first token, so that a failure still has a status code of its own.
+
+        max_tokens: for each choice; None means all that the context has room for.
+        Raises `InvalidRequest` and `ServiceError`.
+        """
+        arrived = time.perf_counter()
+        info = await service.dispatcher.describe()
+        n = fields.n or 1
+        num_choices = n * len(prompts)
+        if num_choices > min(MAX_CHOICES, info.capacity):
+            raise InvalidRequest(
+                f"{len(prompts)} prompts times n={n} are {num_choices} choices; "
+                f"at most {min(MAX_CHOICES, info.capacity)} are served in one request",
+                param="n" if n > 1 else "prompt",
+            )
+        seed = secrets.randbits(63) if fields.seed is None else fields.seed
+        requests = []
+        for ids in prompts:
+            limit = max_tokens or max(1, info.max_model_len - len(ids))
+            requests += [(ids, _sampling_params(fields, limit, choice_seed(seed, choice))) for choice in range(n)]
+        completion = cls(service, await service.dispatcher.open(requests), prompts, fields.stop_strings)
+        completion._arrived = arrived
+        try:
+            completion._first = await completion._generation.next()
+            completion._raise_first_error(completion._first)
+        except BaseException:
+            completion.close()
+            raise
+        return completion
+
+    async def __aiter__(self) -> AsyncIterator[list[Delta]]:
+        """Yield what arrived together, together. Raises `ServiceError` when a choice cannot go on."""
+        pieces, self._first = self._first, []
+        while True:
+            now = time.perf_counter()
+            deltas = [delta for piece in pieces if (delta := self._write(piece, now)) is not None]
+            if deltas:
+                yield deltas
+            self._raise_first_error(pieces)
+            if all(choice.finish_reason is not None for choice in self._choices):
+                return
+            pieces = await self._generation.next()
+
+    async def texts(self) -> list[tuple[str, str]]:
+        """Wait for the end: the whole text and the finish reason of each choice. Raises `ServiceError`."""
+        texts: list[list[str]] = [[] for _ in self._choices]
+        async for deltas in self:
+            for delta in deltas:
+                texts[delta.choice].append(delta.text)
+        reasons = [choice.finish_reason or "" for choice in self._choices]
+        return [("".join(parts), reason) for parts, reason in zip(texts, reasons, strict=True)]
+
+    def usage(self) -> dict[str, object]:
+        """OpenAI's `usage`, as of now. A prompt counts once, however many choices it has."""
+        completion_tokens = sum(choice.num_tokens for choice in self._choices)
+        return {
+            "prompt_tokens": self._num_prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self._num_prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._num_cached_tokens()},
+        }
+
+    def close(self) -> None:
+        """Abort what still runs, and count the request. Call it once: the client has everything, or has left."""
+        metrics = self._service.metrics
+        if self._service.dispatcher.abort(self._generation.streams):
+            metrics.disconnects.inc()
+        metrics.prompt_tokens.inc(self._num_prompt_tokens)
+        metrics.cached_tokens.inc(self._num_cached_tokens())
+        metrics.prompt_length.observe(self._num_prompt_tokens)
+
+    def _num_cached_tokens(self) -> int:
+        return sum(choice.num_cached_tokens for choice in self._choices[:: self._choices_per_prompt])
+
+    def _write(self, piece: Piece, now: float) -> Delta | None:
+        choice, metrics = self._choices[piece.choice], self._service.metrics
+        if choice.finish_reason is not None or piece.error is not None:
+            return None
+        before = choice.num_tokens
+        text = choice.feed(piece)
+        if before == 0:
+            choice.first_at = now
+            choice.num_cached_tokens = piece.num_cached_tokens
+            metrics.ttft.observe(now - self._arrived)
+        else:
+            metrics.itl.observe((now - choice.last_at) / max(1, choice.num_tokens - before))
+        choice.last_at = now
+        metrics.generation_tokens.inc(choice.num_tokens - before)
+        if choice.finish_reason is not None:
+            self._finish(piece.choice, now)
+        elif not text:
+            return None
+        return Delta(piece.choice, text, choice.finish_reason)
+
+    def _finish(self, index: int, now: float) -> None:
+        choice, metrics = self._choices[index], self._service.metrics
+        # A stop string ends the text while the engine is still writing.
+        self._service.dispatcher.abort([self._generation.streams[index]])
+        metrics.finished(choice.finish_reason or "")
+        metrics.e2e.observe(now - self._arrived)
+        metrics.generation_length.observe(choice.num_tokens)
+        if choice.num_tokens > 1:
+            metrics.tpot.observe((choice.last_at - choice.first_at) / (choice.num_tokens - 1))
+
+    @staticmethod
+    def _raise_first_error(pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            if piece.error is not None:
+                raise piece.error
+
+
+async def encode(service: Service, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text, without holding up the event loop for long ones."""
+    if len(text) <= LONG_TEXT:
+        return service.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return await asyncio.to_thread(service.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+
+def _sampling_params(fields: SamplingFields, max_tokens: int, seed: int) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=1.0 if fields.temperature is None else fields.temperature,
+        top_p=1.0 if fields.top_p is None else fields.top_p,
+        top_k=max(0, fields.top_k or 0),  # -1 is another server's word for "off"
+        seed=seed,
+        ignore_eos=bool(fields.ignore_eos),
+    )

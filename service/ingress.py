@@ -1,0 +1,34 @@
+"""The ingress: HTTP and text on one side, the engines on the other. It holds no weights and imports no torch."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from ray.serve.handle import DeploymentHandle
+
+from model.text.chat_template import ChatTemplate
+from model.text.tokenizer import Tokenizer
+from service.api.routes import create_api
+from service.completion import Service
+from service.dispatch import Dispatcher
+from service.metrics import IngressMetrics
+
+
+class Ingress:
+    """Raises `CheckpointError` when the directory's tokenizer or chat template cannot be read."""
+
+    def __init__(self, engines: DeploymentHandle[Any], model: str, model_name: str) -> None:
+        metrics = IngressMetrics(model_name)
+        self._service = Service(
+            model_name=model_name,
+            created=int(time.time()),
+            tokenizer=Tokenizer.from_directory(Path(model)),
+            chat_template=ChatTemplate.from_directory(Path(model)),
+            dispatcher=Dispatcher(engines, metrics),
+            metrics=metrics,
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve calls this once the constructor is through."""
+        return create_api(self._service)

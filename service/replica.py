@@ -1,0 +1,174 @@
+"""An engine replica: the engine in its own thread, and this process' ends of the channels to the ingresses."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from model.errors import InvalidRequest
+from service.channel import Accepted, EngineInfo, Outbox, Output, Refused, Submission
+from service.metrics import EngineMetrics
+
+if TYPE_CHECKING:
+    from model.engine.engine import StepStats
+    from model.engine.request import TokenOutput
+
+WATCH_PERIOD_S = 0.5
+# An ingress pings every 2 s. One that has been silent for this long is gone, whatever Ray says about its call.
+SILENCE_LIMIT_S = 20.0
+
+
+class EngineReplica:
+    """Token ids in, token ids out. Text, HTTP and retries are the ingress' business.
+
+    Raises `CheckpointError` or `ConfigError` when the model cannot be loaded.
+    """
+
+    def __init__(self, model: str, model_name: str, engine_options: dict[str, Any], max_waiting: int) -> None:
+        # torch is imported here and not above: an ingress reads this module too, and does without torch's 200 MB.
+        from model.config import EngineConfig
+        from model.engine.engine import Engine
+        from model.engine.loop import EngineLoop
+
+        config = EngineConfig(**engine_options)
+        self._engine = Engine.from_checkpoint(Path(model), config)
+        self._capacity = config.max_num_seqs + max_waiting
+        self._replica_id: str = serve.get_replica_context().replica_id.unique_id
+        self._metrics = EngineMetrics(model_name, self._replica_id)
+        self._outboxes: dict[str, Outbox] = {}
+        self._owners: dict[str, Outbox] = {}
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._loop = EngineLoop(self._engine, self._deliver)
+        self._loop.start()
+
+    async def describe(self) -> EngineInfo:
+        """What an ingress needs in order to refuse at the door."""
+        return EngineInfo(self._engine.max_model_len, self._capacity)
+
+    async def submit(
+        self, channel_id: str, submissions: list[Submission], open_streams: dict[str, int]
+    ) -> Accepted | Refused:
+        """Start all of `submissions`, or none. Their outputs go to the channel `channel_id`, opened or yet to be.
+
+        `open_streams` is for the router, which has read it by now.
+        """
+        if not self._loop.is_alive:
+            return Refused(self._replica_id, "failed", f"the engine stopped: {self._loop.failure}")
+        fresh = sum(not submission.resumed for submission in submissions)
+        if fresh and len(self._owners) + len(submissions) > self._capacity:
+            self._metrics.refused()
+            busy = f"{len(self._owners)} requests are running or waiting; {self._capacity} may"
+            return Refused(self._replica_id, "overloaded", busy)
+        outbox = self._outbox(channel_id)
+        started: list[str] = []
+        for submission in submissions:
+            try:
+                self._start(submission, outbox)
+            except InvalidRequest as error:
+                await self.abort(started)
+                return Refused(self._replica_id, "invalid", str(error), param=error.param)
+            started.append(submission.request_id)
+        return Accepted(self._replica_id)
+
+    async def abort(self, request_ids: list[str], pin: str | None = None) -> None:
+        """Forget these requests and free their blocks; ids that are unknown or finished are fine."""
+        for request_id in request_ids:
+            if outbox := self._owners.pop(request_id, None):
+                outbox.request_ids.discard(request_id)
+        self._loop.abort(request_ids)
+
+    async def channel(self, channel_id: str, pin: str) -> AsyncGenerator[list[Output], None]:
+        """Yield every output for this ingress, one item a step, until either side goes.
+
+        When the ingress goes (its call is cancelled), its requests are aborted.
+        """
+        outbox = self._outbox(channel_id)
+        try:
+            while (outputs := await outbox.take()) is not None:
+                yield outputs
+        finally:
+            await self._drop(channel_id)
+
+    async def ping(self, channel_id: str, pin: str) -> None:
+        """The ingress is alive, and asks whether this replica still takes calls."""
+        self._outbox(channel_id).last_seen = time.monotonic()
+
+    async def metrics(self) -> str:
+        """This replica's registry in Prometheus' text format."""
+        return self._metrics.expose()
+
+    def check_health(self) -> None:
+        """Raise when the engine thread is dead, so that Serve replaces this replica."""
+        if not self._loop.is_alive:
+            raise RuntimeError(f"the engine thread is dead: {self._loop.failure!r}")
+
+    def __del__(self) -> None:
+        if loop := getattr(self, "_loop", None):  # absent when the constructor failed
+            loop.stop()
+
+    def _start(self, submission: Submission, outbox: Outbox) -> None:
+        from model.engine.request import Request
+
+        request = Request(
+            submission.request_id, submission.prompt_ids, submission.params, output_ids=submission.output_ids
+        )
+        # Owned before it is started: the first output may come before `submit` returns.
+        self._owners[submission.request_id] = outbox
+        outbox.request_ids.add(submission.request_id)
+        try:
+            self._loop.submit(request)
+        except InvalidRequest:
+            del self._owners[submission.request_id]
+            outbox.request_ids.discard(submission.request_id)
+            raise
+
+    def _outbox(self, channel_id: str) -> Outbox:
+        if self._watch is None:
+            self._event_loop = asyncio.get_running_loop()
+            self._watch = self._event_loop.create_task(self._watch_over())
+        if channel_id not in self._outboxes:
+            self._outboxes[channel_id] = Outbox()
+        return self._outboxes[channel_id]
+
+    async def _drop(self, channel_id: str) -> None:
+        if outbox := self._outboxes.pop(channel_id, None):
+            outbox.close()
+            await self.abort(list(outbox.request_ids))
+
+    def _deliver(self, outputs: "list[TokenOutput]", stats: "StepStats") -> None:
+        """Called in the engine's thread, once a step."""
+        self._metrics.observe_step(stats)
+        if outputs and self._event_loop is not None:
+            self._event_loop.call_soon_threadsafe(self._fan_out, outputs)
+
+    def _fan_out(self, outputs: "list[TokenOutput]") -> None:
+        by_outbox: dict[Outbox, list[Output]] = {}
+        for output in outputs:
+            outbox = self._owners.get(output.request_id)
+            if outbox is None:  # aborted while the step ran
+                continue
+            by_outbox.setdefault(outbox, []).append(
+                (output.request_id, output.token_ids, output.finish_reason, output.num_cached_tokens)
+            )
+            if output.finish_reason is not None:
+                del self._owners[output.request_id]
+                outbox.request_ids.discard(output.request_id)
+        for outbox, own in by_outbox.items():
+            outbox.put(own)
+
+    async def _watch_over(self) -> None:
+        """End the channels of a dead engine, so that their streams resume elsewhere, and forget silent ingresses."""
+        while True:
+            await asyncio.sleep(WATCH_PERIOD_S)
+            if not self._loop.is_alive:
+                for outbox in self._outboxes.values():
+                    outbox.close()
+                continue
+            silent_since = time.monotonic() - SILENCE_LIMIT_S
+            for channel_id, outbox in list(self._outboxes.items()):
+                if outbox.last_seen < silent_since:
+                    await self._drop(channel_id)

@@ -1,0 +1,76 @@
+"""One engine request as its ingress sees it: where it runs, the journal of what it has said, and who listens."""
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from model.sampling.params import SamplingParams
+from service.channel import Submission
+from service.errors import ServiceError
+
+
+class Piece(NamedTuple):
+    """What one channel item held for one choice. An `error` ends the choice instead of a finish reason."""
+
+    choice: int
+    token_ids: list[int]
+    finish_reason: str | None
+    num_cached_tokens: int
+    error: ServiceError | None = None
+
+
+class Stream:
+    """A journal and its way back to the client. It may move from replica to replica; the client does not see it."""
+
+    def __init__(
+        self, choice: int, prompt_ids: list[int], params: SamplingParams, listener: "asyncio.Queue[Piece]"
+    ) -> None:
+        self.prompt_ids = prompt_ids
+        self.params = params
+        self.journal: list[int] = []
+        self.resumes = 0
+        self.replica_id: str | None = None
+        self.wanted = True
+        self._choice = choice
+        self._listener = listener
+        self._name = uuid.uuid4().hex
+        self._attempt = 0
+
+    @property
+    def request_id(self) -> str:
+        """The engine's name for the current attempt: late tokens of an earlier one match no stream and are dropped."""
+        return f"{self._name}-{self._attempt}"
+
+    def new_attempt(self) -> Submission:
+        """The request as it stands; after a replica's death, with what was already said."""
+        self._attempt += 1
+        self.replica_id = None
+        return Submission(self.request_id, self.prompt_ids, self.params, list(self.journal), self.resumes > 0)
+
+    def receive(self, token_ids: list[int], finish_reason: str | None, num_cached_tokens: int) -> None:
+        """Journal a step's tokens and pass them on."""
+        self.journal.extend(token_ids)
+        if finish_reason == "error":
+            self.fail(ServiceError("the engine failed on this request"))
+        else:
+            self._listener.put_nowait(Piece(self._choice, token_ids, finish_reason, num_cached_tokens))
+
+    def fail(self, error: ServiceError) -> None:
+        """End the choice with an error."""
+        self._listener.put_nowait(Piece(self._choice, [], None, 0, error))
+
+
+class Generation:
+    """The streams of one HTTP request, and the queue in which their pieces meet. One stream is one choice."""
+
+    def __init__(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> None:
+        self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
+        self.streams = [Stream(i, ids, params, self._pieces) for i, (ids, params) in enumerate(requests)]
+
+    async def next(self) -> list[Piece]:
+        """Wait for at least one piece and take all there are."""
+        pieces = [await self._pieces.get()]
+        while not self._pieces.empty():
+            pieces.append(self._pieces.get_nowait())
+        return pieces
