@@ -1,0 +1,82 @@
+"""How the model is taught to look things up: a start that favours matching, and a loss on where a few heads look.
+
+Who holds what is a two-step lookup. First, every object reads the nearest name before it (binding). Then the word before
+an answer reads the last sentence that told the owner (recall). Plain next-token loss finds this circuit too late: on two
+cores the model settles for guessing inside the cast, and stays there for millions of tokens. The generator knows where
+the evidence stands, so the trainer says it: one head of the first layer is asked to look at the binder, two heads of a
+later layer at the evidence. With the guidance, and with keys that start as copies of queries, a toy with 240 names went
+from a guess to 97 % within 1.4 million tokens; without either it stood at 35 % after 2.4 million.
+
+The result is an ordinary Llama: guidance changes the loss, never the forward pass, and fades with the learning rate.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.attention.dense import DenseCausalAttention
+from model.decoder import Decoder, DecoderLayer
+
+Head = tuple[int, int]
+
+# (layer, head). The two recall heads read different key/value groups, so neither has to serve the other's match.
+BINDING: Head = (0, 0)
+HOLDER_RECALL: Head = (2, 0)
+PLACE_RECALL: Head = (2, 2)
+
+
+class GuidedAttention(DenseCausalAttention):
+    """Dense causal attention that also measures how well the guided heads look where they should.
+
+    targets: for each guided head, rows of (sequence, position that looks, position to look at), [rows, 3]. After the
+    forward pass, `loss()` is the mean cross-entropy of the guided attention weights.
+    """
+
+    def __init__(self, batch: int, length: int, targets: dict[Head, Tensor]) -> None:
+        super().__init__(batch, length)
+        self.targets = targets
+        self.losses: list[Tensor] = []
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `DenseCausalAttention`; the output is the same, bit for bit."""
+        for (guided_layer, head), rows in self.targets.items():
+            if guided_layer == layer and len(rows):
+                self.losses.append(self._look(q[:, head], k[:, head * k.shape[1] // q.shape[1]], rows))
+        return super().__call__(layer, q, k, v)
+
+    def _look(self, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+        """q, k: [batch * length, head_dim] of one head. Mean of -log(attention weight on the target)."""
+        with torch.autocast(q.device.type, enabled=False):
+            q, k = (x.float().unflatten(0, (self.batch, self.length)) for x in (q, k))
+            sequence, source, target = rows.unbind(1)
+            scores = torch.bmm(q, k.transpose(1, 2))[sequence, source] * q.shape[-1] ** -0.5
+            future = torch.arange(self.length, device=q.device) > source[:, None]
+            return F.cross_entropy(scores.masked_fill(future, float("-inf")), target)
+
+    def loss(self) -> Tensor:
+        """The mean over the guided heads. Call once, after the forward pass."""
+        return torch.stack(self.losses).mean()
+
+
+@torch.no_grad()
+def favour_matching(decoder: Decoder, generator: torch.Generator) -> None:
+    """Turn fresh weights into a start that favours lookups (compare Trockman and Kolter 2023, mimetic initialization).
+
+    In each key/value group, keys start as the first query head's copy, so a token attends to its equals; that head's
+    output starts as the transpose of the values, so what it attends to is copied. All embeddings share one random
+    vector, so that a copied key also prefers near tokens: equal vectors turn apart as rotary positions part.
+    """
+    config = decoder.config
+    std = config.hidden_size**-0.5
+    decoder.init_weights(generator, std)
+    decoder.embedding += torch.randn(config.hidden_size, generator=generator) * std
+    queries = config.num_heads * config.head_dim
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        q, k, v = layer.qkv.weight.split((queries, *[config.num_kv_heads * config.head_dim] * 2))
+        for group in range(config.num_kv_heads):
+            first = group * config.group_size * config.head_dim
+            head = slice(first, first + config.head_dim)
+            shared = slice(group * config.head_dim, (group + 1) * config.head_dim)
+            k[shared] = q[head]
+            layer.output.weight[:, head] = 0.5 * v[shared].T

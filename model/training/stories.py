@@ -1,0 +1,193 @@
+"""Tells one story: keeps a small world straight while it fills frames, and notes what each answer has to be looked up from.
+
+The notes (`Recall`) are character positions. They tell the evaluation how far back the evidence stands, and they tell the
+trainer where attention should look.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Literal
+
+from model.training.frames import FRAMES, Event, Frame, friends_phrase
+from model.training.world import ADJECTIVES, NAMES, OBJECTS, PLACES, held_out, with_article
+
+Split = Literal["train", "held_out"]
+
+
+@dataclass(frozen=True)
+class Recall:
+    """A word that the text so far determines. Positions are characters of the whole text.
+
+    answer: where the word starts; evidence: where the word starts that says so (the object of the owner's sentence, or
+    the place of the mover's).
+    """
+
+    about: Literal["holder", "place"]
+    answer: int
+    evidence: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """How long a story may get. Ranges are inclusive."""
+
+    cast: tuple[int, int]
+    objects: tuple[int, int]
+    events: tuple[int, int]
+
+
+@dataclass
+class Story:
+    """A text under way, and the state of its world."""
+
+    text: str = ""
+    cast: list[str] = field(default_factory=list)
+    kind: str = ""
+    holder: dict[str, str] = field(default_factory=dict)
+    place: dict[str, str] = field(default_factory=dict)
+    recalls: list[Recall] = field(default_factory=list)
+    # Where the last sentence about an object's owner has the object, and the last one about a mover has the place.
+    object_seen: dict[str, int] = field(default_factory=dict)
+    place_seen: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def hero(self) -> str:
+        """The character of the opening sentence."""
+        return self.cast[0]
+
+    @property
+    def main(self) -> str:
+        """The object that the hero finds first."""
+        return next(iter(self.holder))
+
+    def say(self, frame: Frame, **slots: str) -> None:
+        """Append a sentence and note its recalls. The caller has made sure that it is true."""
+        self.text += " " if self.text and not self.text.endswith(">") else ""
+        starts: dict[str, list[int]] = {}
+        for literal, slot in frame.pieces:
+            self.text += literal
+            if slot:
+                starts.setdefault(slot, []).append(len(self.text))
+                self.text += slots[slot]
+        thing = slots.get("o") or slots.get("thing", "").split(" ")[-1]
+        if frame.event in {Event.GIVE, Event.TAKE, Event.RECAP}:
+            self.recalls.append(Recall("holder", starts["a"][0], self.object_seen[thing]))
+        if frame.event in {Event.FIND, Event.GIVE, Event.TAKE, Event.RECAP}:
+            self.holder[thing] = slots["a" if frame.event in {Event.FIND, Event.RECAP} else "b"]
+            start = (starts.get("o") or starts["thing"])[-1]
+            self.object_seen[thing] = start + len(slots.get("thing", thing)) - len(thing)
+        if frame.event is Event.MOVE:
+            self.place[slots["a"]] = slots["p"]
+            self.place_seen[slots["a"]] = starts["p"][0]
+
+
+class Storyteller:
+    """Draws stories for one side of the split. All chance comes from `rng`, so a seed is a story."""
+
+    def __init__(self, rng: Random, split: Split) -> None:
+        self.rng = rng
+        self.split = split
+
+    def may_own(self, name: str, thing: str) -> bool:
+        """In training a held-out pair never meets; in a held-out story they are sought."""
+        return held_out(name, thing) == (self.split == "held_out")
+
+    def tell(self, story: Story, size: Size, hero: str, kind: str, main: str) -> None:
+        """Tell a whole story, from `Once upon a time` to `The end.`, onto `story`."""
+        rng = self.rng
+        story.kind = kind
+        story.cast = [hero]
+        story.say(self.frame(Event.OPENING), who=with_article(kind), a=hero)
+        friends = rng.sample([name for name in NAMES if name != hero], rng.randint(*size.cast) - 1)
+        if friends:
+            story.say(self.frame(Event.FRIENDS), a=hero, friends=friends_phrase(friends))
+            story.cast += friends
+        self.find(story, hero, main)
+        num_objects = rng.randint(*size.objects)
+        for _ in range(rng.randint(*size.events)):
+            self.happen(story, num_objects)
+        story.say(self.frame(Event.ENDING))
+
+    def frame(self, event: Event) -> Frame:
+        """Any sentence for the event."""
+        return self.rng.choice(FRAMES[event])
+
+    def happen(self, story: Story, num_objects: int) -> None:
+        """One event after the opening. What cannot happen (nobody to give to) gives way to scenery."""
+        steps: dict[Callable[[Story], bool], float] = {
+            self.new_object: 3.0 if len(story.holder) < num_objects else 0.0,
+            self.hand_over: 3.0,
+            self.move: 1.5,
+            self.mood: 1.5,
+            self.recap: 0.7,
+            self.scene: 0.4,
+            self.topic: 0.4,
+        }
+        step = self.rng.choices(list(steps), list(steps.values()))[0]
+        if not step(story):
+            self.scene(story)
+
+    def find(self, story: Story, finder: str, thing: str) -> None:
+        """`finder` comes by `thing`, which is new to the story."""
+        phrase = thing if self.rng.random() < 0.5 else f"{self.rng.choice(ADJECTIVES)} {thing}"
+        story.say(self.frame(Event.FIND), a=finder, thing=with_article(phrase))
+
+    def new_object(self, story: Story) -> bool:
+        """Somebody finds an object that the story does not have yet."""
+        finder = self.rng.choice(story.cast)
+        for thing in self.rng.sample(OBJECTS, len(OBJECTS)):
+            if thing not in story.holder and self.may_own(finder, thing):
+                self.find(story, finder, thing)
+                return True
+        return False
+
+    def hand_over(self, story: Story) -> bool:
+        """An object is talked about and changes hands."""
+        thing = self.rng.choice(list(story.holder))
+        giver = story.holder[thing]
+        takers = [name for name in story.cast if name != giver]
+        fitting = [name for name in takers if self.may_own(name, thing)]
+        if self.split == "held_out":
+            fitting = fitting or takers  # a held-out story may fall back on known pairs; only new ones are asked about
+        if not fitting:
+            return False
+        self.topic(story, thing)
+        event = Event.GIVE if self.rng.random() < 0.6 else Event.TAKE
+        story.say(self.frame(event), a=giver, b=self.rng.choice(fitting), o=thing)
+        return True
+
+    def topic(self, story: Story, thing: str = "") -> bool:
+        """Somebody, or nobody, says something about an object."""
+        a, b = self.two(story)
+        story.say(self.frame(Event.TOPIC), a=a, b=b, o=thing or self.rng.choice(list(story.holder)))
+        return True
+
+    def recap(self, story: Story) -> bool:
+        """The narrator asks who has an object, and says it."""
+        thing = self.rng.choice(list(story.holder))
+        story.say(self.frame(Event.RECAP), a=story.holder[thing], o=thing)
+        return True
+
+    def move(self, story: Story) -> bool:
+        """A character goes to a place where it is not already."""
+        mover = self.rng.choice(story.cast)
+        place = self.rng.choice([place for place in PLACES if place != story.place.get(mover)])
+        story.say(self.frame(Event.MOVE), a=mover, p=place)
+        return True
+
+    def mood(self, story: Story) -> bool:
+        """A character feels or does something."""
+        a, b = self.two(story)
+        story.say(self.frame(Event.MOOD), a=a, b=b)
+        return True
+
+    def scene(self, story: Story) -> bool:
+        """The weather."""
+        story.say(self.frame(Event.SCENE))
+        return True
+
+    def two(self, story: Story) -> tuple[str, str]:
+        """Two different characters."""
+        a, b = self.rng.sample(story.cast, 2)
+        return a, b
