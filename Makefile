@@ -24,7 +24,7 @@ check: $(VENV)/.test $(VENV)/.train $(VENV)/.load
 	$(BIN)/mypy
 
 loadtest: $(VENV)/.load
-	$(BIN)/locust --locustfile loadtest/locustfile.py --headless --host $(HOST) $(ARGS)
+	$(BIN)/locust --config loadtest/locust.conf --host $(HOST) $(ARGS)
 
 train: $(VENV)/.train
 	$(BIN)/attendant train $(ARGS)
