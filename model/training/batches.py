@@ -11,8 +11,8 @@ from model.training.documents import ASSISTANT, EOS, USER, Author, Document, For
 from model.training.guidance import BINDING, HOLDER_RECALL, PLACE_RECALL, Head
 from model.training.world import NAMES, OBJECTS, PLACES
 
-# What a token is worth in the loss. A user's words are not the model's to predict, and a drill teaches only recall; both
-# keep a little weight, so that the embeddings of all words learn from all text.
+# What a token is worth in the loss. A user's words are not the model's to predict, and a drill teaches only recall;
+# both keep a little weight, so that the embeddings of all words learn from all text.
 RECALL_WEIGHT = 3.0
 USER_WEIGHT = 0.1
 DRILL_WEIGHT = 0.2
@@ -36,8 +36,8 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         targets = {head: rows.to(device) for head, rows in self.targets.items()}
-        moved = (x.to(device) for x in (self.token_ids, self.weights, self.recalls))
-        return Batch(*moved, targets, self.num_tokens)
+        token_ids, weights, recalls = (x.to(device) for x in (self.token_ids, self.weights, self.recalls))
+        return Batch(token_ids, weights, recalls, targets, self.num_tokens)
 
 
 class Collator:
@@ -45,20 +45,20 @@ class Collator:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.user, self.assistant, self.pad = (tokenizer.token_to_id(token) for token in (USER, ASSISTANT, EOS))
+        vocabulary = tokenizer.get_vocab()
+        self.user, self.assistant, self.pad = (vocabulary[token] for token in (USER, ASSISTANT, EOS))
         self.names = {self.word(name) for name in NAMES}
         self.bound = {self.word(word) for word in (*OBJECTS, *PLACES)}
-        vocabulary = tokenizer.get_vocab()
         self.terminals = {i for token, i in vocabulary.items() if token[0] in '.?!<"' or token[-1] in ".?!"}
 
     def word(self, word: str) -> int:
         """The id of a word that follows a space."""
-        (token_id,) = self.tokenizer.encode(f" {word}").ids
+        (token_id,) = self.tokenizer.encode(f" {word}", add_special_tokens=False).ids
         return int(token_id)
 
     def collate(self, documents: Sequence[Document]) -> Batch:
         """One batch of whole documents."""
-        encodings = self.tokenizer.encode_batch([document.text for document in documents])
+        encodings = self.tokenizer.encode_batch([document.text for document in documents], add_special_tokens=False)
         length = max(len(encoding.ids) for encoding in encodings)
         token_ids = torch.full((len(documents), length), self.pad)
         weights = torch.zeros(len(documents), length)
@@ -106,11 +106,16 @@ def lookups(document: Document, encoding: Encoding) -> list[tuple[Head, int, int
     heads = {"holder": HOLDER_RECALL, "place": PLACE_RECALL}
     found = []
     for recall in document.recalls:
-        evidence, answer = (encoding.char_to_token(start) for start in (recall.evidence, recall.answer))
-        assert evidence is not None
-        assert answer is not None
+        evidence, answer = token_at(encoding, recall.evidence), token_at(encoding, recall.answer)
         found.append((heads[recall.about], evidence, answer))
     return found
+
+
+def token_at(encoding: Encoding, character: int) -> int:
+    """The token that holds a character of the text."""
+    token: int | None = encoding.char_to_token(character)
+    assert token is not None, f"no token holds character {character}"
+    return token
 
 
 class BatchStream:

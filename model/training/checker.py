@@ -20,7 +20,7 @@ class Verdict:
     reason: str = ""
 
 
-class Flaw(ValueError):
+class FlawError(Exception):
     """A sentence that breaks a rule."""
 
 
@@ -83,27 +83,27 @@ def check(story: str) -> Verdict:
             follow(world, event, match.groupdict())
             rest = rest[match.end() :].removeprefix(" ")
         demand(bool(world.events) and world.events[-1] is Event.ENDING, "the story has no ending")
-    except Flaw as flaw:
+    except FlawError as flaw:
         return Verdict(False, str(flaw))
     return Verdict(True)
 
 
 def parse(text: str) -> tuple[Event, re.Match[str]]:
-    """The frame that the text begins with. Raises `Flaw` where no frame fits."""
+    """The frame that the text begins with. Raises `FlawError` where no frame fits."""
     for event, expression in grammar():
         if match := expression.match(text):
             return event, match
-    raise Flaw(f"no sentence of this world: {text[:60]!r}")
+    raise FlawError(f"no sentence of this world: {text[:60]!r}")
 
 
 def demand(condition: bool, complaint: str) -> None:
-    """Raise `Flaw` with the complaint unless the condition holds."""
+    """Raise `FlawError` with the complaint unless the condition holds."""
     if not condition:
-        raise Flaw(complaint)
+        raise FlawError(complaint)
 
 
 def follow(world: World, event: Event, slots: dict[str, str]) -> None:
-    """Let one sentence happen. Raises `Flaw` where it may not."""
+    """Let one sentence happen. Raises `FlawError` where it may not."""
     check_order(world, event)
     if event is Event.OPENING:
         demand(slots["who"] == with_article(slots["who"].split(" ")[-1]), f"wrong article: {slots['who']}")

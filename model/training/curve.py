@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -56,7 +57,7 @@ def draw(history: Sequence[Point], path: Path) -> None:
     right.plot(tokens, running_mean([point.recall for point in history]), color="tab:orange", label="recall")
     right.set_ylabel("share of recalled words right")
     right.set_ylim(0, 1.02)
-    for before, after in zip(history, history[1:], strict=False):
+    for before, after in pairwise(history):
         if after.stage != before.stage:
             axes.axvline(after.tokens / 1e6, color="lightgray", linewidth=1, zorder=0)
     figure.legend(loc="outside upper center", ncols=2, frameon=False)

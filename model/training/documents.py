@@ -1,4 +1,4 @@
-"""Whole documents, as the model reads them: a chat in which a story is asked for, a plain story with questions, or a drill.
+"""Whole documents, as the model reads them: a chat that asks for a story, a plain story with questions, or a drill.
 
 Every document is complete, from `<|bos|>` to `<|eos|>`: a fragment would teach the model to stop early.
 """
@@ -56,16 +56,25 @@ class Question:
 
 @dataclass
 class Document:
-    """A text with what is known about it. `is_drill`: only its recalls are worth learning."""
+    """A text with what is known about it.
+
+    is_drill: only its recalls are worth learning; told: where the story itself begins and ends in the text.
+    """
 
     story: Story
     is_drill: bool = False
+    told: tuple[int, int] = (0, 0)
     questions: list[Question] = field(default_factory=list)
 
     @property
     def text(self) -> str:
         """The whole document, special tokens included."""
         return self.story.text
+
+    @property
+    def tale(self) -> str:
+        """The story alone, without the request before it and the questions after it. Empty for a drill."""
+        return self.text[slice(*self.told)]
 
     @property
     def recalls(self) -> list[Recall]:
@@ -100,15 +109,21 @@ class Author:
         named = rng.choice([with_article(kind), with_article(kind), f"{with_article(kind)} named {hero}", hero])
         request = rng.choice(REQUESTS).format(size=LENGTH_WORDS[form], subject=f"{named} and {with_article(main)}")
         document = Document(Story(f"{BOS}{USER}{request}{ASSISTANT}"))
-        self.teller.tell(document.story, SIZES[form], hero, kind, main)
+        self.tell(document, form, hero, kind, main)
         document.story.text += EOS
         self.ask(document, f"{USER}{{question}}{ASSISTANT}{{answer}}{EOS}", rng.randint(0, 5))
         return document
 
+    def tell(self, document: Document, form: Form, hero: str, kind: str, main: str) -> None:
+        """Tell the story of a document, and note where it stands."""
+        start = len(document.text)
+        self.teller.tell(document.story, SIZES[form], hero, kind, main)
+        document.told = (start, len(document.text))
+
     def plain(self, form: Form) -> Document:
         """A story as plain text, then questions and answers as plain text."""
         document = Document(Story(BOS))
-        self.teller.tell(document.story, SIZES[form], *self.lead())
+        self.tell(document, form, *self.lead())
         self.ask(document, " Question: {question} Answer: {answer}", self.rng.randint(0, 5))
         document.story.text += EOS
         return document

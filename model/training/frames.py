@@ -3,8 +3,8 @@
 Slots: `{a}`, `{b}` are characters, `{o}` is an object already in the story, `{thing}` a new object with its article and
 perhaps an adjective, `{p}` a place, `{who}` a kind of character with its article, `{friends}` a list of characters.
 
-One rule binds objects to owners, everywhere: an object belongs to the nearest name before it in its sentence, and a mention
-without a name before it changes nothing. English allows this, and attention can learn it in a single layer.
+One rule binds objects to owners, everywhere: an object belongs to the nearest name before it in its sentence, and a
+mention without a name before it changes nothing. English allows this, and attention can learn it in a single layer.
 """
 
 import re

@@ -1,8 +1,8 @@
 """Trains the embedded model from nothing: `python -m model.training.pretrain --out runs/storyteller`.
 
-AdamW, warm-up, a constant stretch in which the curriculum moves on when recall is good enough, then a cosine to the end.
-A run can be stopped at any time and resumed: the state on disk holds everything that the next step depends on, so the
-weights come out the same, bit for bit, on the same machine.
+AdamW, warm-up, a constant stretch in which the curriculum moves on as recall becomes good enough, then a cosine to
+the end. A run can be stopped at any time and resumed: the state on disk holds everything that the next step depends on,
+so the weights come out the same, bit for bit, on the same machine.
 """
 
 import argparse
@@ -84,8 +84,8 @@ class Trainer:
         self.config = config
         self.tokenizer = tokenizer
         self.device = pick_device(config.device)
-        bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
-        shape = config.model or storyteller_config(tokenizer.get_vocab_size(), bos, eos)
+        vocabulary = tokenizer.get_vocab()
+        shape = config.model or storyteller_config(len(vocabulary), vocabulary[BOS], vocabulary[EOS])
         decoder = Decoder(shape)
         favour_matching(decoder, torch.Generator().manual_seed(config.seed))
         self.decoder = decoder.to(self.device)

@@ -1,7 +1,7 @@
-"""Tells one story: keeps a small world straight while it fills frames, and notes what each answer has to be looked up from.
+"""Tells one story: keeps a small world straight while it fills frames, and notes where each answer can be looked up.
 
-The notes (`Recall`) are character positions. They tell the evaluation how far back the evidence stands, and they tell the
-trainer where attention should look.
+The notes (`Recall`) are character positions. They tell the evaluation how far back the evidence stands, and they tell
+the trainer where attention should look.
 """
 
 from collections.abc import Callable

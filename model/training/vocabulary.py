@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from model.errors import AttendantError
 from model.training.documents import ASSISTANT, BOS, EOS, USER, Form, endless
@@ -47,6 +47,10 @@ def train_tokenizer(seed: int, vocab_size: int = VOCAB_SIZE) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(seed), trainer=trainer)
+    # Plain text begins a document; a rendered chat brings its own `<|bos|>` and is encoded without special tokens.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
     check_single_tokens(tokenizer)
     return tokenizer
 
@@ -62,7 +66,8 @@ def texts(seed: int) -> Iterator[str]:
 
 def check_single_tokens(tokenizer: Tokenizer) -> None:
     """Names, objects and places stand for one token each, so that a lookup is one attention hop."""
-    split = [word for word in (*NAMES, *OBJECTS, *PLACES) if len(tokenizer.encode(f" {word}").ids) != 1]
+    # `Ġ` is how byte-level BPE writes a leading space.
+    split = [word for word in (*NAMES, *OBJECTS, *PLACES) if tokenizer.token_to_id(f"Ġ{word}") is None]
     if split:
         raise VocabularyError(f"{len(split)} words take more than one token, {split[0]!r} among them")
 
@@ -77,7 +82,6 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, max_length: int) -> No
         "eos_token": EOS,
         "pad_token": EOS,
         "extra_special_tokens": {"user_token": USER, "assistant_token": ASSISTANT},
-        "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
     }

@@ -1,7 +1,7 @@
 """The world of the stories: who lives in it, what can be found there, and which pairs are kept out of training.
 
-Pools are large on purpose. With two hundred names and a fresh cast for every story, neither guessing inside the cast nor
-remembering who usually owns what pays: the only way to know who has the lantern is to look it up in the text.
+Pools are large on purpose. With three hundred names and a fresh cast for every story, neither guessing inside the cast
+nor remembering who usually owns what pays: the only way to know who has the lantern is to look it up in the text.
 """
 
 from hashlib import blake2b
