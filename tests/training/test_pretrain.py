@@ -34,7 +34,7 @@ TINY = ModelConfig(
 def config(tmp_path: Path) -> TrainConfig:
     stages = (Stage({"brief": 1.0}, gate=0.0, min_steps=3), Stage({"drill": 1.0}, gate=2.0))
     return TrainConfig(
-        out=tmp_path, steps=16, tokens_per_batch=512, warm_up=4, device="cpu", model=TINY, curriculum=stages
+        out=tmp_path, steps=16, tokens_per_batch=512, warm_up=4, hold=8, device="cpu", model=TINY, curriculum=stages
     )
 
 
@@ -76,7 +76,7 @@ def test_resuming_nothing_says_so_in_one_line(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_rate_rises_stays_and_falls_to_a_hundredth(config: TrainConfig, vocabulary: Tokenizer) -> None:
-    trainer = Trainer(replace(config, steps=100, warm_up=10, decay_from=0.5), vocabulary)
+    trainer = Trainer(replace(config, steps=100, warm_up=10, hold=50), vocabulary)
     rates = []
     for trainer.progress.step in (0, 9, 50, 75, 99):
         rates.append(round(trainer.rate(), 3))
