@@ -10,8 +10,8 @@ from rich.console import Console
 from model.config import Device, Dtype
 from model.errors import AttendantError, InvalidRequest
 from service import __version__
+from service.data_plane import DataPlane
 from service.hub import EMBEDDED, resolve
-from service.serve import Address, DataPlane
 
 REFUSED = 2
 
@@ -47,7 +47,7 @@ def serve(
 ) -> None:
     """Start the service on this machine, until Ctrl-C."""
     from service.app import AppArgs
-    from service.serve import run
+    from service.serve import Address, run
 
     args = AppArgs(
         model=str(resolve(model)),

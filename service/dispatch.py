@@ -74,11 +74,11 @@ class Dispatcher:
         await self._submit(generation.streams, SUBMIT_TIMEOUT_S)
         return generation
 
-    def abort(self, streams: Sequence[Stream]) -> int:
-        """Stop those of `streams` that still run, and free their blocks. Returns how many there were."""
+    def abort(self, streams: Sequence[Stream]) -> None:
+        """Stop those of `streams` that still run, and free their blocks."""
         for stream in streams:
             stream.wanted = False
-        return self._withdraw(streams)
+        self._withdraw(streams)
 
     def close(self) -> None:
         """Let go of all replicas. An open channel is an open call to Serve, and would hold up their shutdown."""
@@ -140,14 +140,13 @@ class Dispatcher:
         if replica_id not in self._pumps:
             self._pumps[replica_id] = self._spawn(self._pump(replica_id))
 
-    def _withdraw(self, streams: Sequence[Stream]) -> int:
+    def _withdraw(self, streams: Sequence[Stream]) -> None:
         running: dict[str | None, list[str]] = {}
         for stream in streams:
             if self._streams.pop(stream.request_id, None) is not None:
                 running.setdefault(stream.replica_id, []).append(stream.request_id)
         for replica_id, request_ids in running.items():
             self._spawn(self._abort_on(replica_id, request_ids))
-        return sum(map(len, running.values()))
 
     async def _pump(self, replica_id: str) -> None:
         """Carry one replica's outputs to their streams until the channel ends; then move what was open on it."""

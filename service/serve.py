@@ -14,15 +14,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from service.data_plane import DataPlane, environment
 from service.errors import StartError
 from service.preflight import Preflight
 
 if TYPE_CHECKING:
     from service.app import AppArgs
-
-DataPlane = Literal["haproxy", "default"]
 
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # nothing of ours goes through the object store; Ray's minimum is 75 MB
 APP_NAME = "attendant"
@@ -75,34 +74,10 @@ def check_port(address: Address) -> None:
             ) from None
 
 
-def serve_environment(data_plane: DataPlane, scratch: Path) -> dict[str, str]:
-    """Ray Serve's switches, which it reads from the environment when it is imported.
-
-    HAProxy with throughput mode halves the time to the first token and the cost of a token (docs/benchmarks.md).
-    Its ports and files are this service's own, so that two services on one machine do not meet.
-    """
-    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port())}
-    if data_plane == "haproxy":
-        environment |= {
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_SERVE_HAPROXY_NBTHREAD": "2",
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
-            # There is no other load balancer that would have to notice before we go.
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        }
-    return environment
-
-
 @contextmanager
 def _ray(data_plane: DataPlane, scratch: Path) -> Iterator[None]:
     """A Ray of our own on the loopback interface, for as long as the block runs."""
-    os.environ.update(serve_environment(data_plane, scratch))
+    os.environ.update(environment(data_plane, scratch))
     logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
 
@@ -159,10 +134,3 @@ def _welcome(args: "AppArgs", address: Address) -> str:
     body = '{"prompt": "Once upon a time", "max_tokens": 100, "stream": true}'
     curl = f"curl -N {address.url}/v1/completions -H 'content-type: application/json' -d '{body}'"
     return f"Attendant is ready with {Path(args.model).name}. Try: {curl}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
