@@ -1,8 +1,8 @@
 """Trains the embedded model from nothing: `python -m model.training.pretrain --out runs/storyteller`.
 
-AdamW, warm-up, a constant stretch in which recall is drilled, then a cosine to the end, while the curriculum moves on to
-stories as recall becomes good enough. A run can be stopped at any time and resumed: the state on disk holds everything that the next step depends on,
-so the weights come out the same, bit for bit, on the same machine.
+AdamW, warm-up, a constant stretch in which recall is drilled, then a cosine to the end, while the curriculum moves on
+to stories as recall becomes good enough. A run can be stopped at any time and resumed: the state on disk holds
+everything that the next step depends on, so the weights come out the same, bit for bit, on the same machine.
 """
 
 import argparse
