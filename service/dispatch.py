@@ -137,6 +137,9 @@ class Dispatcher:
     def _accepted(self, streams: Sequence[Stream], replica_id: str) -> None:
         for stream in streams:
             stream.replica_id = replica_id
+        left = [stream.request_id for stream in streams if not stream.wanted]
+        if left:  # their clients went while the call waited for a replica, when there was nothing to abort yet
+            self._spawn(self._abort_on(replica_id, left))
         if replica_id not in self._pumps:
             self._pumps[replica_id] = self._spawn(self._pump(replica_id))
 

@@ -10,7 +10,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -116,7 +116,8 @@ def _deploy(args: "AppArgs", address: Address) -> None:
 def _shut_down() -> None:
     from ray import serve
 
-    with suppress(Stop):  # the second Ctrl-C
+    # Ray prints what it makes of its own actors' orderly end, from a thread of its own.
+    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), suppress(Stop):  # Stop: the second Ctrl-C
         serve.shutdown()  # type: ignore[no-untyped-call]
 
 

@@ -180,7 +180,7 @@ def parse(schema: type[RequestBody], body: object) -> RequestBody:
     try:
         return schema.model_validate(honoured)
     except ValidationError as error:
-        raise _first_fault(error) from None
+        raise _fault(error) from None
 
 
 def choice_seed(seed: int, choice: int) -> int:
@@ -200,22 +200,28 @@ def _asks_for_nothing(schema: type[SamplingFields], name: str, value: object) ->
     return any(value == idle and isinstance(value, bool) == isinstance(idle, bool) for idle in NO_OP_VALUES[name])
 
 
-def _first_fault(error: ValidationError) -> InvalidRequest:
-    """The first thing pydantic found, in the API's words: `messages[0].content`, not a union's inner names."""
-    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    path, field = "", ""
-    for step in fault["loc"]:
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif not path:
-            path = field = step
-        elif field in ("messages", "stream_options") and step.isidentifier() and step not in ("str",):
-            path += f".{step}"
+def _fault(error: ValidationError) -> InvalidRequest:
+    """The deepest thing that pydantic found: in a union, the branch that was meant got furthest."""
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    path, fault = max(((_path(fault["loc"]), fault) for fault in faults), key=lambda found: len(found[0]))
     if fault["type"] == "extra_forbidden":
         return InvalidRequest(f"unknown field: {path}", param=path)
     if fault["type"] == "missing":
         return InvalidRequest(f"{path} is required", param=path)
-    if field == "prompt":
+    if path.startswith("prompt"):
         message = "prompt must be a string, a list of strings, a list of token ids, or a list of such lists"
         return InvalidRequest(message, param="prompt")
     return InvalidRequest(f"{path}: {fault['msg']}", param=path)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """A place in the body as its author would write it: `messages[0].content`, without pydantic's names of types."""
+    path = ""
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif not path:
+            path = step
+        elif location[0] in ("messages", "stream_options") and step.isidentifier() and step != "str":
+            path += f".{step}"
+    return path

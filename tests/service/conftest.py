@@ -1,0 +1,133 @@
+"""One real service for the whole session: `attendant serve` as a user starts it, with two replicas."""
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from tests.conftest import STORYTELLER, write_llama
+
+CORPUS = ["Once upon a time there was a fox and a lantern in the deep forest. She told him a story of the moon."] * 20
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def write_model(directory: Path) -> Path:
+    """A tiny random Llama with a byte-level tokenizer and a chat template: everything the service needs."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    write_llama(
+        directory,
+        vocab_size=tokenizer.get_vocab_size(),
+        max_position_embeddings=1024,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def served_model(tiny_model: Path) -> Path:
+    """The embedded model, or the random one in a tree where it has not been trained yet."""
+    return STORYTELLER if (STORYTELLER / "model.safetensors").exists() else tiny_model
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Running:
+    """A service in a process of its own."""
+
+    process: subprocess.Popen[str]
+    url: str
+    model: str
+    banner: str
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample by its name, summed over labels."""
+        totals: dict[str, float] = {}
+        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics", timeout=10).text):
+            for sample in family.samples:
+                totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+        return totals
+
+    def wait_for(self, name: str, value: float, seconds: float = 30) -> None:
+        """Poll /metrics until a sample has a value; the time limit only keeps a failure from hanging."""
+        done = threading.Event()
+        for _ in range(int(seconds / 0.1)):
+            if self.metrics()[name] == value:
+                return
+            done.wait(0.1)
+        raise AssertionError(f"{name} is {self.metrics()[name]} after {seconds} s, not {value}")
+
+    def engine_processes(self) -> list[psutil.Process]:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if ":Engine" in " ".join(child.cmdline())]
+
+
+def start(model: Path, *options: str) -> Running:
+    """Start `attendant serve` and wait for its one line."""
+    port = free_port()
+    command = [sys.executable, "-m", "service", "serve", "--model", str(model), "--port", str(port), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    banner = process.stdout.readline()
+    assert "ready" in banner, banner + process.stdout.read()
+    return Running(process, f"http://127.0.0.1:{port}", model.name, banner)
+
+
+def stop(running: Running, number: int = signal.SIGTERM) -> int:
+    """Stop it as a user does; its exit code. What would outlive it is killed, and is the failure of a test."""
+    children = psutil.Process(running.process.pid).children(recursive=True)
+    running.process.send_signal(number)
+    code = running.process.wait(timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    for orphan in alive:
+        orphan.kill()
+    assert not alive, f"left behind: {alive}"
+    return code
+
+
+@pytest.fixture(scope="session")
+def service(served_model: Path) -> Iterator[Running]:
+    running = start(served_model, "--replicas", "2", "--kv-cache-tokens", "16384")
+    yield running
+    assert stop(running) == 0
+
+
+@pytest.fixture(scope="session")
+def client(service: Running) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client

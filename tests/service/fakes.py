@@ -1,0 +1,102 @@
+"""A fleet of engine replicas without Ray: Serve's handle, as far as the dispatcher uses it, over scripted engines."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from service.channel import Accepted, EngineInfo, Outbox, Refused, Submission
+from service.router import ReplicaGone
+
+
+class FakeReplica:
+    """Accepts everything; the test decides what it says and when it dies."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.outbox = Outbox()
+        self.submitted: list[Submission] = []
+        self.aborted: list[str] = []
+        self.answer: Accepted | Refused = Accepted(name)
+
+    def say(self, number: int, *token_ids: int, finish_reason: str | None = None) -> None:
+        """Emit tokens for the number-th submission."""
+        self.outbox.put([(self.submitted[number].request_id, list(token_ids), finish_reason, 0)])
+
+
+class FakeChannel:
+    def __init__(self, items: AsyncIterator[Any]) -> None:
+        self._items = items
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._items
+
+    def cancel(self) -> None:
+        pass
+
+
+class FakeFleet:
+    """Stands for a `DeploymentHandle`. A pinned call to a dead replica raises; an unpinned one takes the least loaded."""
+
+    def __init__(self, *names: str) -> None:
+        self.replicas = {name: FakeReplica(name) for name in names}
+        self.submit = Method(self._submit)
+        self.abort = Method(self._abort)
+        self.ping = Method(self._ping)
+        self.describe = Method(self._describe)
+        self.channel = Stream(self._channel)
+
+    def options(self, stream: bool) -> "FakeFleet":
+        return self
+
+    def add(self, name: str) -> None:
+        """A new replica."""
+        self.replicas[name] = FakeReplica(name)
+
+    def kill(self, name: str) -> None:
+        """Nothing more from this replica; its channel ends."""
+        self.replicas.pop(name).outbox.close()
+
+    def broadcast(self, method: str, *args: object) -> "Broadcast":
+        return Broadcast()
+
+    async def _submit(self, channel_id: str, submissions: list[Submission], open_streams: dict[str, int]) -> Any:
+        while not self.replicas:  # as Serve does
+            await asyncio.sleep(0)
+        replica = min(self.replicas.values(), key=lambda replica: open_streams.get(replica.name, 0))
+        if isinstance(replica.answer, Accepted):
+            replica.submitted += submissions
+        return replica.answer
+
+    async def _abort(self, request_ids: list[str], pin: str) -> None:
+        self._pinned(pin).aborted += request_ids
+
+    async def _ping(self, channel_id: str, pin: str) -> None:
+        self._pinned(pin)
+
+    async def _describe(self) -> EngineInfo:
+        return EngineInfo(max_model_len=64, capacity=16)
+
+    async def _channel(self, channel_id: str, pin: str) -> AsyncIterator[Any]:
+        outbox = self._pinned(pin).outbox
+        while (outputs := await outbox.take()) is not None:
+            yield outputs
+
+    def _pinned(self, pin: str) -> FakeReplica:
+        if pin not in self.replicas:
+            raise ReplicaGone(pin)
+        return self.replicas[pin]
+
+
+class Broadcast:
+    async def results_async(self, timeout_s: float, return_exceptions: bool) -> list[object]:
+        return []
+
+
+class Method:
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.remote = call
+
+
+class Stream:
+    def __init__(self, call: Callable[..., AsyncIterator[Any]]) -> None:
+        self.remote = lambda *args, **kwargs: FakeChannel(call(*args, **kwargs))

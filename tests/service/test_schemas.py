@@ -1,0 +1,164 @@
+import json
+
+import pytest
+
+from model.errors import InvalidRequest
+from service.api.schemas import NO_OP_VALUES, ChatRequest, CompletionRequest, choice_seed, parse
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def refusal(schema: type, **body: object) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as refused:
+        parse(schema, body)
+    return refused.value
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("best_of", 2),
+        ("echo", True),
+        ("frequency_penalty", 0.5),
+        ("logit_bias", {"1": 5}),
+        ("logprobs", 1),
+        ("presence_penalty", -1),
+        ("suffix", "the end"),
+        ("min_p", 0.1),
+        ("repetition_penalty", 1.2),
+        ("stop_token_ids", [3]),
+        ("best_of", True),
+        ("frequency_penalty", False),
+    ],
+)
+def test_a_completion_field_that_is_not_done_is_refused_by_name(field: str, value: object) -> None:
+    assert refusal(CompletionRequest, prompt="x", **{field: value}).param == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("audio", {"voice": "alloy"}),
+        ("functions", [{"name": "f"}]),
+        ("logprobs", True),
+        ("metadata", {"a": "b"}),
+        ("modalities", ["audio"]),
+        ("parallel_tool_calls", 3),
+        ("reasoning_effort", "low"),
+        ("response_format", {"type": "json_object"}),
+        ("service_tier", "flex"),
+        ("store", True),
+        ("tool_choice", "required"),
+        ("tools", [{"type": "function"}]),
+        ("top_logprobs", 2),
+        ("web_search_options", {}),
+    ],
+)
+def test_a_chat_field_that_is_not_done_is_refused_by_name(field: str, value: object) -> None:
+    assert refusal(ChatRequest, messages=MESSAGES, **{field: value}).param == field
+
+
+@pytest.mark.parametrize("field", sorted(NO_OP_VALUES))
+def test_null_in_a_field_that_is_not_done_asks_for_nothing(field: str) -> None:
+    assert parse(CompletionRequest, {"prompt": "x", field: None}).prompts == ["x"]
+
+
+@pytest.mark.parametrize(("field", "values"), sorted(NO_OP_VALUES.items()))
+def test_a_default_value_in_a_field_that_is_not_done_asks_for_nothing(field: str, values: tuple[object, ...]) -> None:
+    for value in values:
+        assert parse(ChatRequest, {"messages": MESSAGES, field: value}).n is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", True),
+        ("max_tokens", 0),
+        ("max_tokens", 2**63),
+        ("max_tokens", "5"),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", float("inf")),
+        ("top_p", 0),
+        ("top_k", -2),
+        ("seed", 2**63),
+        ("n", 0),
+        ("n", 10**6),
+        ("stream", "yes"),
+        ("stop", ""),
+        ("stop", ["x"] * 100_000),
+        ("stop", "x" * 257),
+        ("user", 7),
+        ("nonsense", 1),
+        ("model", 3),
+        ("prompt", 3),
+        ("prompt", [[], ["a"]]),
+        ("prompt", [1, "a"]),
+        ("prompt", [-1]),
+        ("prompt", [True]),
+        ("prompt", None),
+        ("ignore_eos", 1),
+    ],
+)
+def test_a_wrong_value_is_refused_by_the_name_of_its_field(field: str, value: object) -> None:
+    assert refusal(CompletionRequest, **{"prompt": "x", field: value}).param.split("[")[0] == field
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        ("hello", "messages"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "robot", "content": "x"}], "messages[0].role"),
+        ([{"role": "user", "content": 3}], "messages[0].content"),
+        ([{"role": "user", "content": "x", "name": "Bo"}], "messages[0].name"),
+        ([{"role": "user", "content": [{"type": "image_url", "text": "x"}]}], "messages[0].content[0].type"),
+    ],
+)
+def test_a_wrong_message_is_refused_by_its_place(messages: object, param: str) -> None:
+    assert refusal(ChatRequest, messages=messages).param == param
+
+
+def test_a_missing_prompt_is_named() -> None:
+    error = refusal(CompletionRequest)
+    assert (error.param, str(error)) == ("prompt", "prompt is required")
+
+
+def test_a_body_that_is_no_object_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="JSON object"):
+        parse(CompletionRequest, [1, 2])
+
+
+def test_two_different_token_limits_in_a_chat_are_refused() -> None:
+    error = refusal(ChatRequest, messages=MESSAGES, max_tokens=3, max_completion_tokens=4)
+    assert error.param == "max_completion_tokens"
+
+
+def test_stream_options_without_a_stream_are_refused() -> None:
+    assert refusal(CompletionRequest, prompt="x", stream_options={"include_usage": True}).param == "stream_options"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+)
+def test_every_form_of_a_prompt_becomes_a_list_of_prompts(prompt: object, prompts: object) -> None:
+    assert parse(CompletionRequest, {"prompt": prompt}).prompts == prompts
+
+
+def test_text_parts_of_a_message_are_joined_for_the_template() -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    body = parse(ChatRequest, {"messages": [{"role": "developer", "content": parts}]})
+    assert body.messages[0].for_template() == {"role": "system", "content": "one two"}
+
+
+def test_seeds_of_choices_differ_and_the_first_is_the_clients_own() -> None:
+    seeds = [choice_seed(-7, choice) for choice in range(8)]
+    assert seeds[0] == -7
+    assert len(set(seeds)) == 8
+    assert all(-(2**63) <= seed < 2**63 for seed in seeds)
+
+
+def test_the_schema_of_a_body_is_plain_json() -> None:
+    assert "prompt" in json.dumps(CompletionRequest.model_json_schema())
