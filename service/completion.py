@@ -148,8 +148,7 @@ class Completion:
     def close(self) -> None:
         """Abort what still runs, and count the request. Call it once: the client has everything, or has left."""
         metrics = self._service.metrics
-        if self._service.dispatcher.abort(self._generation.streams):
-            metrics.disconnects.inc()
+        self._service.dispatcher.abort(self._generation.streams)
         metrics.prompt_tokens.inc(self._num_prompt_tokens)
         metrics.cached_tokens.inc(self._num_cached_tokens())
         metrics.prompt_length.observe(self._num_prompt_tokens)

@@ -74,20 +74,16 @@ class Dispatcher:
         await self._submit(generation.streams, SUBMIT_TIMEOUT_S)
         return generation
 
-    def abort(self, streams: Sequence[Stream]) -> int:
-        """Stop those of `streams` that still run, and free their blocks. Returns how many there were."""
+    def abort(self, streams: Sequence[Stream]) -> None:
+        """Stop those of `streams` that still run, and free their blocks."""
         for stream in streams:
             stream.wanted = False
-        return self._withdraw(streams)
+        self._withdraw(streams)
 
-    def _withdraw(self, streams: Sequence[Stream]) -> int:
-        running: dict[str | None, list[str]] = {}
-        for stream in streams:
-            if self._streams.pop(stream.request_id, None) is not None:
-                running.setdefault(stream.replica_id, []).append(stream.request_id)
-        for replica_id, request_ids in running.items():
-            self._spawn(self._abort_on(replica_id, request_ids))
-        return sum(map(len, running.values()))
+    def close(self) -> None:
+        """Let go of all replicas. An open channel is an open call to Serve, and would hold up their shutdown."""
+        for pump in self._pumps.values():
+            pump.cancel()
 
     async def expositions(self, timeout_s: float) -> list[str]:
         """Each replica's metrics as text; what was last seen of them when they do not answer in time."""
@@ -144,11 +140,19 @@ class Dispatcher:
         if replica_id not in self._pumps:
             self._pumps[replica_id] = self._spawn(self._pump(replica_id))
 
+    def _withdraw(self, streams: Sequence[Stream]) -> None:
+        running: dict[str | None, list[str]] = {}
+        for stream in streams:
+            if self._streams.pop(stream.request_id, None) is not None:
+                running.setdefault(stream.replica_id, []).append(stream.request_id)
+        for replica_id, request_ids in running.items():
+            self._spawn(self._abort_on(replica_id, request_ids))
+
     async def _pump(self, replica_id: str) -> None:
         """Carry one replica's outputs to their streams until the channel ends; then move what was open on it."""
         # Any: what the call returns depends on `stream`, and Serve's annotations do not follow that.
         outputs: Any = self._engines.options(stream=True).channel.remote(self._channel_id, pin=replica_id)
-        keeper = self._spawn(self._keep(replica_id, outputs))
+        keeper = self._spawn(self._keep(replica_id))
         try:
             async for item in outputs:
                 self._receive(item)
@@ -159,11 +163,11 @@ class Dispatcher:
             keeper.cancel()
             outputs.cancel()  # dropping it would leave the replica's side running
             del self._pumps[replica_id]
-            orphans = [stream for stream in self._streams.values() if stream.replica_id == replica_id]
-            if orphans:
-                self._spawn(self._resume(orphans))
+        orphans = [stream for stream in self._streams.values() if stream.replica_id == replica_id]
+        if orphans:
+            self._spawn(self._resume(orphans))
 
-    async def _keep(self, replica_id: str, channel: Any) -> None:
+    async def _keep(self, replica_id: str) -> None:
         """Tell the replica that we live. Once it takes no more calls and has nothing of ours, let it go."""
         while True:
             await asyncio.sleep(PING_PERIOD_S)
@@ -171,8 +175,7 @@ class Dispatcher:
                 await self._call(self._engines.ping, self._channel_id, pin=replica_id, timeout_s=PING_PERIOD_S)
             except ReplicaGone:
                 if not any(stream.replica_id in (replica_id, None) for stream in self._streams.values()):
-                    channel.cancel()
-                    return
+                    self._pumps[replica_id].cancel()
             except Exception as error:  # slow, or dead: then the channel ends by itself
                 logger.info("engine replica %s did not answer a ping: %s", replica_id, _reason(error))
 

@@ -29,6 +29,10 @@ class Ingress:
             metrics=metrics,
         )
 
+    def __del__(self) -> None:
+        """Serve calls this when every request has been answered, before it stops the process."""
+        self._service.dispatcher.close()
+
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once the constructor is through."""
         return create_api(self._service)

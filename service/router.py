@@ -6,8 +6,10 @@ in a millisecond while the stream lives on; so `submit` carries `open_streams`, 
 """
 
 import random
+from collections import Counter
+from collections.abc import Mapping
 
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from model.errors import AttendantError
 
@@ -19,6 +21,10 @@ class ReplicaGone(AttendantError):  # noqa: N818 - named for what happened
 class PinnedRouter(RequestRouter):
     """Serve keeps the books and the connections; which replica comes first is decided here."""
 
+    def initialize_state(self, **kwargs: object) -> None:
+        """Called by Serve once. `submit` calls chosen but not answered: the caller cannot count them yet."""
+        self._in_flight: dict[str, str] = {}
+
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
@@ -26,7 +32,11 @@ class PinnedRouter(RequestRouter):
         call = {} if pending_request is None else pending_request.kwargs
         pin = call.get("pin")
         if pin is None:
-            return rank_by_load(candidate_replicas, call.get("open_streams", {}))
+            load = Counter(call.get("open_streams", {})) + Counter(self._in_flight.values())
+            ranked = rank_by_load(candidate_replicas, load)
+            if pending_request is not None:
+                self._in_flight[pending_request.metadata.internal_request_id] = ranked[0][0].replica_id.unique_id
+            return ranked
         pinned = [replica for replica in candidate_replicas if replica.replica_id.unique_id == pin]
         if pinned:
             return [pinned]
@@ -36,9 +46,13 @@ class PinnedRouter(RequestRouter):
             pending_request.future.set_exception(ReplicaGone(f"replica {pin} takes no more calls"))
         return [candidate_replicas]
 
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Called by Serve when a call is over, whichever way."""
+        self._in_flight.pop(internal_request_id, None)
 
-def rank_by_load(replicas: list[RunningReplica], open_streams: dict[str, int]) -> list[list[RunningReplica]]:
+
+def rank_by_load(replicas: list[RunningReplica], load: Mapping[str, int]) -> list[list[RunningReplica]]:
     """Groups of one, the least loaded first; equals in random order, so that several ingresses do not move as one."""
     shuffled = random.sample(replicas, len(replicas))
-    shuffled.sort(key=lambda replica: open_streams.get(replica.replica_id.unique_id, 0))
+    shuffled.sort(key=lambda replica: load.get(replica.replica_id.unique_id, 0))
     return [[replica] for replica in shuffled]

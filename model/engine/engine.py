@@ -88,7 +88,9 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a request at once and free its blocks. False if it is not here any more."""
-        return self.scheduler.abort(request_id)
+        found = self.scheduler.abort(request_id)
+        self._observe(time.perf_counter(), 0, 0)  # no step may follow to tell that its blocks are free
+        return found
 
     def step(self) -> list[TokenOutput]:
         """Compute one step for all requests that fit. After an exception, `fail_step` says whom it hit."""
@@ -115,7 +117,9 @@ class Engine:
     def fail_step(self) -> list[TokenOutput]:
         """After `step` raised: end the requests of that step, spare the others."""
         self.num_failed_steps += 1
-        return self.scheduler.fail(self.scheduled)
+        outputs = self.scheduler.fail(self.scheduled)
+        self._observe(time.perf_counter(), 0, 0)
+        return outputs
 
     def generate(self, request: Request) -> Iterator[TokenOutput]:
         """Run one request to its end, step by step. For scripts and tests: it drives the engine itself."""

@@ -19,7 +19,8 @@ Deliver = Callable[[list[TokenOutput], StepStats], None]
 class EngineLoop:
     """Steps an engine for as long as it has work, and sleeps when it has none.
 
-    deliver: called in the engine's thread after each step, with the step's outputs and numbers. It must not block.
+    deliver: called in the engine's thread after each step, with the step's outputs and numbers, and once more when
+        aborts leave nothing to do. It must not block.
     failure: the exception that ended the loop, if one did: the replica is then of no use.
     """
 
@@ -65,6 +66,8 @@ class EngineLoop:
                     failed = 0 if self._step() else failed + 1
                     if failed == MAX_FAILED_STEPS:
                         raise RuntimeError(f"{failed} steps failed in a row")
+                else:  # what came in ended the last request: whoever watches the numbers must see them fall
+                    self._deliver([], self.engine.stats)
         except BaseException as error:
             self.failure = error
             logger.critical("the engine loop has ended: %s", error)

@@ -39,7 +39,7 @@ no such character ever holds such an object. The tokenizer is byte-level BPE wit
 ## Recipe
 
 `attendant train --out runs/storyteller --seed {recipe[seed]}`: AdamW, {recipe[steps]:,} steps of about
-{recipe[tokens_per_batch]:,} tokens, peak rate {recipe[peak_rate]}, warm-up, a constant stretch, then a cosine to 1 %.
+{recipe[tokens_per_batch]:,} tokens, peak rate {recipe[peak_rate]}, held for {recipe[hold]} steps, then a cosine to 1 %.
 The curriculum (`model/training/curriculum.py`) goes from drills in recall to stories of 700 tokens. An auxiliary loss
 guides three attention heads to where the generator knows the evidence to be (`model/training/guidance.py`); it fades
 with the learning rate and leaves an ordinary Llama.

@@ -12,18 +12,18 @@ CONTEXT = 1024
 class Stage:
     """A mix of documents, left once the recall accuracy on fresh ones (a running mean) reaches `gate`.
 
-    forms: each form's share of the steps. min_steps: how long the running mean needs to mean anything.
+    forms: each form's share of the steps. min_steps: the least time spent in it.
     """
 
     forms: dict[Form, float]
     gate: float
-    min_steps: int = 60
+    min_steps: int = 1
 
 
 CURRICULUM = (
-    Stage({"drill": 1.0}, gate=0.95),
-    Stage({"drill": 0.3, "brief": 0.4, "plain": 0.3}, gate=0.95),
-    Stage({"drill": 0.15, "brief": 0.2, "plain": 0.35, "long": 0.3}, gate=0.95),
+    Stage({"drill": 1.0}, gate=0.90, min_steps=600),
+    Stage({"drill": 0.3, "brief": 0.4, "plain": 0.3}, gate=0.93, min_steps=200),
+    Stage({"drill": 0.15, "brief": 0.2, "plain": 0.35, "long": 0.3}, gate=0.93, min_steps=300),
     Stage({"drill": 0.1, "brief": 0.15, "plain": 0.35, "long": 0.25, "longest": 0.15}, gate=2.0),  # the last: no exit
 )
 

@@ -19,8 +19,8 @@ SIZES: dict[Form, Size] = {
     "drill": Size(cast=(3, 6), objects=(3, 7), events=(2, 9)),
     "brief": Size(cast=(2, 4), objects=(1, 3), events=(2, 6)),
     "plain": Size(cast=(2, 5), objects=(1, 4), events=(5, 13)),
-    "long": Size(cast=(3, 6), objects=(2, 6), events=(14, 32)),
-    "longest": Size(cast=(3, 6), objects=(3, 7), events=(30, 52)),
+    "long": Size(cast=(3, 6), objects=(3, 7), events=(14, 32), busy=2),
+    "longest": Size(cast=(3, 6), objects=(4, 9), events=(30, 52), busy=2),
 }
 
 # What a request calls a story of that length.
@@ -39,6 +39,9 @@ HOLDER_QUESTIONS = ("Who has the {o}?", "Who has the {o}?", "Who has the {o} now
 PLACE_QUESTIONS = ("Where is {a}?", "Where is {a}?", "Where is {a} now?")
 HOLDER_ANSWER = "Now {a} has the {o}."
 PLACE_ANSWER = "Now {a} is at the {p}."
+
+# More questions than any story leaves open.
+ALL = 99
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Author:
                 return hero, kind, main
 
     def chat(self, form: Form) -> Document:
-        """A request, a story that follows it, and up to five questions in later turns."""
+        """A request, a story that follows it, and questions in later turns."""
         rng = self.rng
         hero, kind, main = self.lead()
         named = rng.choice([with_article(kind), with_article(kind), f"{with_article(kind)} named {hero}", hero])
@@ -124,9 +127,13 @@ class Author:
         """A story as plain text, then questions and answers as plain text."""
         document = Document(Story(BOS))
         self.tell(document, form, *self.lead())
-        self.ask(document, " Question: {question} Answer: {answer}", self.rng.randint(0, 5))
+        self.ask(document, " Question: {question} Answer: {answer}", self.how_many(form))
         document.story.text += EOS
         return document
+
+    def how_many(self, form: Form) -> int:
+        """How many questions to ask: some, or after a story that leaves objects behind, all."""
+        return ALL if SIZES[form].busy else self.rng.randint(0, 5)
 
     def drill(self) -> Document:
         """Pure recall: a cast, objects that change hands, and every one of them asked about."""
@@ -138,7 +145,7 @@ class Author:
         for _ in range(rng.randint(*SIZES["drill"].events)):
             rng.choice((self.teller.hand_over, self.teller.move))(story)
         if rng.random() < 0.5:
-            self.ask(document, " Question: {question} Answer: {answer}", 12)
+            self.ask(document, " Question: {question} Answer: {answer}", ALL)
             story.text += EOS
         else:
             story.text += EOS

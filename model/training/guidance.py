@@ -63,20 +63,26 @@ def favour_matching(decoder: Decoder, generator: torch.Generator) -> None:
     """Turn fresh weights into a start that favours lookups (compare Trockman and Kolter 2023, mimetic initialization).
 
     In each key/value group, keys start as the first query head's copy, so a token attends to its equals; that head's
-    output starts as the transpose of the values, so what it attends to is copied. All embeddings share one random
-    vector, so that a copied key also prefers near tokens: equal vectors turn apart as rotary positions part.
+    output starts as the transpose of the values, so what it attends to is copied. Values are the same in all layers: a
+    name that one layer has copied, the next can copy on, and the tied head can read. What else is written into the
+    residual stream starts small, or it would drown the words. All embeddings share one random vector, so that a copied
+    key also prefers near tokens: equal vectors turn apart as rotary positions part.
     """
     config = decoder.config
     std = config.hidden_size**-0.5
     decoder.init_weights(generator, std)
     decoder.embedding.add_(torch.randn(config.hidden_size, generator=generator) * std)
-    queries = config.num_heads * config.head_dim
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    copied = torch.randn(keys, config.hidden_size, generator=generator) * std
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
-        q, k, v = layer.qkv.weight.split((queries, *[config.num_kv_heads * config.head_dim] * 2))
+        layer.mlp.down.weight.mul_(0.25)
+        layer.output.weight.mul_(0.25)
+        q, k, v = layer.qkv.weight.split((queries, keys, keys))
+        v.copy_(copied)
         for group in range(config.num_kv_heads):
             first = group * config.group_size * config.head_dim
             head = slice(first, first + config.head_dim)
             shared = slice(group * config.head_dim, (group + 1) * config.head_dim)
             k[shared] = q[head]
-            layer.output.weight[:, head] = 0.5 * v[shared].T
+            layer.output.weight[:, head] = 0.25 * v[shared].T

@@ -1,8 +1,8 @@
 """Trains the embedded model from nothing: `python -m model.training.pretrain --out runs/storyteller`.
 
-AdamW, warm-up, a constant stretch in which the curriculum moves on as recall becomes good enough, then a cosine to
-the end. A run can be stopped at any time and resumed: the state on disk holds everything that the next step depends on,
-so the weights come out the same, bit for bit, on the same machine.
+AdamW, warm-up, a constant stretch in which recall is drilled, then a cosine to the end, while the curriculum moves on
+to stories as recall becomes good enough. A run can be stopped at any time and resumed: the state on disk holds
+everything that the next step depends on, so the weights come out the same, bit for bit, on the same machine.
 """
 
 import argparse
@@ -37,16 +37,16 @@ STATE = "state.pt"
 class TrainConfig:
     """One run. `steps` fixes the learning rate's schedule, so it may not change when a run is resumed.
 
-    decay_from: the share of the steps after which the rate falls, as a cosine, from its peak to 1 % of it.
+    hold: the first steps, warm-up included, before the rate falls, as a cosine, from its peak to 1 % of it.
     guidance: the weight of the attention loss beside the token loss; it falls with the rate.
     """
 
     out: Path
-    steps: int = 4800
+    steps: int = 3600
     tokens_per_batch: int = 4096
     peak_rate: float = 2e-3
     warm_up: int = 100
-    decay_from: float = 0.55
+    hold: int = 600
     weight_decay: float = 0.01
     clip: float = 1.0
     guidance: float = 1.0
@@ -96,10 +96,9 @@ class Trainer:
     def rate(self) -> float:
         """The learning rate of the next step, as a share of its peak."""
         step, config = self.progress.step, self.config
-        start = config.decay_from * config.steps
-        if step < start:
+        if step < config.hold:
             return min(1.0, (step + 1) / config.warm_up)
-        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - start) / (config.steps - start)))
+        return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - config.hold) / (config.steps - config.hold)))
 
     def step(self) -> Point:
         """One step of training, and what it showed."""

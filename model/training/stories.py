@@ -30,11 +30,15 @@ class Recall:
 
 @dataclass(frozen=True)
 class Size:
-    """How long a story may get. Ranges are inclusive."""
+    """How long a story may get. Ranges are inclusive.
+
+    busy: how many of the newest objects the story goes on about, so that older ones have to be remembered; 0 for all.
+    """
 
     cast: tuple[int, int]
     objects: tuple[int, int]
     events: tuple[int, int]
+    busy: int = 0
 
 
 @dataclass
@@ -44,6 +48,7 @@ class Story:
     text: str = ""
     cast: list[str] = field(default_factory=list)
     kind: str = ""
+    busy: int = 0
     holder: dict[str, str] = field(default_factory=dict)
     place: dict[str, str] = field(default_factory=dict)
     recalls: list[Recall] = field(default_factory=list)
@@ -97,6 +102,7 @@ class Storyteller:
         """Tell a whole story, from `Once upon a time` to `The end.`, onto `story`."""
         rng = self.rng
         story.kind = kind
+        story.busy = size.busy
         story.cast = [hero]
         story.say(self.frame(Event.OPENING), who=with_article(kind), a=hero)
         friends = rng.sample([name for name in NAMES if name != hero], rng.randint(*size.cast) - 1)
@@ -116,7 +122,8 @@ class Storyteller:
     def happen(self, story: Story, num_objects: int) -> None:
         """One event after the opening. What cannot happen (nobody to give to) gives way to scenery."""
         steps: dict[Callable[[Story], bool], float] = {
-            self.new_object: 3.0 if len(story.holder) < num_objects else 0.0,
+            # Where older objects are left alone, new ones come slowly: else nothing would happen to the older ones.
+            self.new_object: (1.5 if story.busy else 3.0) if len(story.holder) < num_objects else 0.0,
             self.hand_over: 3.0,
             self.move: 1.5,
             self.mood: 1.5,
@@ -144,7 +151,7 @@ class Storyteller:
 
     def hand_over(self, story: Story) -> bool:
         """An object is talked about and changes hands."""
-        thing = self.rng.choice(list(story.holder))
+        thing = self.pick(story)
         giver = story.holder[thing]
         takers = [name for name in story.cast if name != giver]
         fitting = [name for name in takers if self.may_own(name, thing)]
@@ -157,15 +164,19 @@ class Storyteller:
         story.say(self.frame(event), a=giver, b=self.rng.choice(fitting), o=thing)
         return True
 
+    def pick(self, story: Story) -> str:
+        """An object that the story is busy with."""
+        return self.rng.choice(list(story.holder)[-story.busy :])
+
     def topic(self, story: Story, thing: str = "") -> bool:
         """Somebody, or nobody, says something about an object."""
         a, b = self.two(story)
-        story.say(self.frame(Event.TOPIC), a=a, b=b, o=thing or self.rng.choice(list(story.holder)))
+        story.say(self.frame(Event.TOPIC), a=a, b=b, o=thing or self.pick(story))
         return True
 
     def recap(self, story: Story) -> bool:
         """The narrator asks who has an object, and says it."""
-        thing = self.rng.choice(list(story.holder))
+        thing = self.pick(story)
         story.say(self.frame(Event.RECAP), a=story.holder[thing], o=thing)
         return True
 

@@ -80,12 +80,12 @@ def held_out(name: str, thing: str) -> bool:
 
 
 def article(word: str) -> str:
-    """`a` or `an`, by the sound of the word that follows. The exceptions are the words of this world."""
-    if word in {"unusual", "useful"}:
+    """`a` or `an`, by the sound of the word that follows."""
+    if word == "useful":  # spelled with a vowel, spoken with a consonant; the only such word of this world
         return "a"
     return "an" if word[0] in "aeiou" else "a"
 
 
-def with_article(word: str) -> str:
-    """`fox` -> `a fox`, `owl` -> `an owl`."""
-    return f"{article(word)} {word}"
+def with_article(phrase: str) -> str:
+    """`fox` -> `a fox`, `old fox` -> `an old fox`."""
+    return f"{article(phrase.split(' ')[0])} {phrase}"

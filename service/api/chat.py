@@ -8,9 +8,11 @@ from starlette.responses import JSONResponse, Response
 
 from model.errors import InvalidRequest
 from service.api import body as request_body
+from service.api.connection import while_connected
 from service.api.schemas import ChatRequest
 from service.api.sse import ChunkWriter, EventStream, event
 from service.completion import Completion, Delta, Service, encode
+from service.metrics import IngressMetrics
 
 router = APIRouter()
 
@@ -20,6 +22,10 @@ async def create_chat_completion(request: Request) -> Response:
     """Write the assistant's next message."""
     service: Service = request.app.state.service
     body = await request_body.read(request, ChatRequest, service.model_name)
+    return await while_connected(request, service.metrics, _answer(service, body))
+
+
+async def _answer(service: Service, body: ChatRequest) -> Response:
     prompt = await _render(service, body)
     try:
         completion = await Completion.start(service, [prompt], body, body.token_limit)
@@ -35,7 +41,7 @@ async def create_chat_completion(request: Request) -> Response:
     }
     if body.stream:
         envelope["object"] = "chat.completion.chunk"
-        return _stream(completion, envelope, body.n or 1, with_usage=body.include_usage)
+        return _stream(completion, service.metrics, envelope, body.n or 1, with_usage=body.include_usage)
     return await _whole(completion, envelope)
 
 
@@ -47,7 +53,9 @@ async def _render(service: Service, body: ChatRequest) -> list[int]:
     return await encode(service, text, add_special_tokens=False)
 
 
-def _stream(completion: Completion, envelope: dict[str, object], n: int, *, with_usage: bool) -> EventStream:
+def _stream(
+    completion: Completion, metrics: IngressMetrics, envelope: dict[str, object], n: int, *, with_usage: bool
+) -> EventStream:
     writer = ChunkWriter(envelope, '"delta":{"content":', '},"logprobs":null', with_usage=with_usage)
     closing = ChunkWriter(envelope, '"delta":', ',"logprobs":null', with_usage=with_usage)
     opening = ChunkWriter(
@@ -67,7 +75,7 @@ def _stream(completion: Completion, envelope: dict[str, object], n: int, *, with
         return event({**envelope, "choices": [], "usage": completion.usage()}) if with_usage else b""
 
     first = b"".join(opening.chunk(choice, "", None) for choice in range(n))
-    return EventStream(completion, write, first=first, last=last)
+    return EventStream(completion, metrics, write, first=first, last=last)
 
 
 async def _whole(completion: Completion, envelope: dict[str, object]) -> JSONResponse:

@@ -7,9 +7,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from service.api import body as request_body
+from service.api.connection import while_connected
 from service.api.schemas import CompletionRequest
 from service.api.sse import ChunkWriter, EventStream, event
 from service.completion import Completion, Delta, Service, encode
+from service.metrics import IngressMetrics
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -21,6 +23,10 @@ async def create_completion(request: Request) -> Response:
     """Continue one or more prompts."""
     service: Service = request.app.state.service
     body = await request_body.read(request, CompletionRequest, service.model_name)
+    return await while_connected(request, service.metrics, _answer(service, body))
+
+
+async def _answer(service: Service, body: CompletionRequest) -> Response:
     prompts = [prompt if isinstance(prompt, list) else await encode(service, prompt) for prompt in body.prompts]
     completion = await Completion.start(service, prompts, body, body.max_tokens or DEFAULT_MAX_TOKENS)
     envelope = {
@@ -30,11 +36,13 @@ async def create_completion(request: Request) -> Response:
         "model": service.model_name,
     }
     if body.stream:
-        return _stream(completion, envelope, with_usage=body.include_usage)
+        return _stream(completion, service.metrics, envelope, with_usage=body.include_usage)
     return await _whole(completion, envelope)
 
 
-def _stream(completion: Completion, envelope: dict[str, object], *, with_usage: bool) -> EventStream:
+def _stream(
+    completion: Completion, metrics: IngressMetrics, envelope: dict[str, object], *, with_usage: bool
+) -> EventStream:
     writer = ChunkWriter(envelope, '"text":', ',"logprobs":null', with_usage=with_usage)
 
     def write(deltas: list[Delta]) -> bytes:
@@ -43,7 +51,7 @@ def _stream(completion: Completion, envelope: dict[str, object], *, with_usage: 
     def last() -> bytes:
         return event({**envelope, "choices": [], "usage": completion.usage()}) if with_usage else b""
 
-    return EventStream(completion, write, last=last)
+    return EventStream(completion, metrics, write, last=last)
 
 
 async def _whole(completion: Completion, envelope: dict[str, object]) -> JSONResponse:

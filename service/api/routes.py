@@ -1,13 +1,11 @@
 """The whole HTTP application: the routes, what surrounds them, and the document that describes them."""
 
 import logging
-import re
-import uuid
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import __version__
@@ -19,7 +17,6 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_REF = "#/components/schemas/{model}"
 BODIES: dict[str, type[BaseModel]] = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
-REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
 def create_api(service: Service) -> FastAPI:
@@ -36,7 +33,7 @@ def create_api(service: Service) -> FastAPI:
 
 
 class Envelope:
-    """Around every request: its id, the count of its answer, and an honest 500 for what nobody foresaw."""
+    """Around every request: the count of its answer, and an honest 500 for what nobody foresaw."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -46,24 +43,22 @@ class Envelope:
         """One ASGI call."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        asked = Headers(scope=scope).get("x-request-id", "")
-        request_id = asked if REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         started = False
 
-        async def send_with_id(message: Message) -> None:
+        async def send_counted(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
                 self._metrics.responded(_route(scope), message["status"])
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, send_counted)
         except Exception as error:
-            logger.exception("request %s failed", request_id)
+            # Serve gives every request an id, the client's own if it sent one, and returns it in the answer.
+            logger.exception("request %s failed", Headers(scope=scope).get("x-request-id"))
             if not started:
-                await errors.error_response(error)(scope, receive, send_with_id)
+                await errors.error_response(error)(scope, receive, send_counted)
 
 
 def _route(scope: Scope) -> str:

@@ -9,6 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.errors import describe
 from service.completion import Completion, Delta
+from service.metrics import IngressMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,15 @@ class EventStream(StreamingResponse):
     def __init__(
         self,
         completion: Completion,
+        metrics: IngressMetrics,
         write: Callable[[list[Delta]], bytes],
         *,
         first: bytes = b"",
         last: Callable[[], bytes] = bytes,
     ) -> None:
         self._completion = completion
+        self._metrics = metrics
+        self._ended = False
         super().__init__(self._events(write, first, last), media_type="text/event-stream", headers=HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,6 +67,8 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._completion.close()
+            if not self._ended:
+                self._metrics.disconnects.inc()
 
     async def _events(
         self, write: Callable[[list[Delta]], bytes], first: bytes, last: Callable[[], bytes]
@@ -73,6 +79,8 @@ class EventStream(StreamingResponse):
                 first = b""
         except Exception as error:
             logger.exception("a stream broke off")
+            self._ended = True
             yield event(describe(error)[1]) + DONE
         else:
+            self._ended = True
             yield last() + DONE

@@ -1,0 +1,132 @@
+"""The console command `attendant`. Heavy imports wait until a command needs them, so `--help` is quick."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from model.config import Device, Dtype
+from model.errors import AttendantError, InvalidRequest
+from service import __version__
+from service.data_plane import DataPlane
+from service.hub import EMBEDDED, resolve
+
+REFUSED = 2
+
+app = typer.Typer(
+    name="attendant",
+    help="Serve and run attention-based text generation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True, highlight=False)
+
+Model = Annotated[str, typer.Option(help="A model directory, or the id of one on the Hugging Face hub.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="The numbers that weights are computed in.")]
+DeviceOption = Annotated[Device, typer.Option(help="Where the engine runs.")]
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command()
+def serve(
+    model: Model = str(EMBEDDED),
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Engines that share the load.")] = 1,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and completion together.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at once in an engine.")] = 64,
+    kv_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that an engine's cache holds.")] = None,
+    data_plane: Annotated[
+        DataPlane, typer.Option(help="How HTTP reaches the ingress: through HAProxy, or through Serve's own proxy.")
+    ] = "haproxy",
+) -> None:
+    """Start the service on this machine, until Ctrl-C."""
+    from service.app import AppArgs
+    from service.serve import Address, run
+
+    args = AppArgs(
+        model=str(resolve(model)),
+        replicas=replicas,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        kv_cache_tokens=kv_cache_tokens,
+    )
+    run(args, Address(host, port), data_plane)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="Text to go on from.")] = None,
+    token_ids: Annotated[str | None, typer.Option(help="Token ids instead of text: 1,2,3.")] = None,
+    model: Model = str(EMBEDDED),
+    max_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0, max=2)] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+) -> None:
+    """Run the engine in this process, without Ray, and print what it writes."""
+    from service.generate import Job
+
+    if (prompt is None) == (token_ids is None):
+        raise InvalidRequest("give either a PROMPT or --token-ids, and not both")
+    job = Job.load(resolve(model), dtype=dtype, device=device, needs_text=prompt is not None)
+    prompt_ids = job.encode(prompt) if prompt is not None else _parse_ids(token_ids or "")
+    pieces = job.run(prompt_ids, max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
+    if as_json:
+        for _ in pieces:
+            pass
+        print(json.dumps(job.result()))
+        return
+    if prompt is not None:
+        print(prompt, end="", flush=True)
+    for text in pieces:
+        print(text, end="", flush=True)
+    print()
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train the embedded model from nothing (needs the `train` extra)."""
+    from model.training import pretrain
+
+    pretrain.main(context.args)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def evaluate(context: typer.Context) -> None:
+    """Score a model on held-out stories and questions."""
+    from model.training import evaluate as evaluation
+
+    evaluation.main(context.args)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def main() -> None:
+    """The console script: a refusal is one line and exit code 2, never a traceback."""
+    try:
+        app()
+    except AttendantError as error:
+        console.print(f"attendant: {error}", style="red", soft_wrap=True, markup=False)
+        sys.exit(REFUSED)
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(token_id) for token_id in text.split(",")]
+    except ValueError:
+        raise InvalidRequest(f"--token-ids takes numbers with commas between them, not {text!r}") from None

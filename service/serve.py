@@ -1,0 +1,136 @@
+"""Starts Ray and the application on this machine, waits, and stops both.
+
+Whatever is wrong with the port or the model is found before anything is deployed, and ends in one line.
+"""
+
+import logging
+import os
+import re
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from service.data_plane import DataPlane, environment
+from service.errors import StartError
+from service.preflight import Preflight
+
+if TYPE_CHECKING:
+    from service.app import AppArgs
+
+OBJECT_STORE_BYTES = 80 * 1024 * 1024  # nothing of ours goes through the object store; Ray's minimum is 75 MB
+APP_NAME = "attendant"
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the service listens."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """The address as a client writes it."""
+        return f"http://{self.host}:{self.port}"
+
+
+class Stop(BaseException):
+    """SIGINT or SIGTERM arrived. No `Exception`: nothing on the way may swallow it."""
+
+
+def run(args: "AppArgs", address: Address, data_plane: DataPlane) -> None:
+    """Serve until SIGINT or SIGTERM. Raises `StartError` or `CheckpointError` when it cannot start."""
+    check_port(address)
+    preflight = Preflight(Path(args.model))  # beside Ray's start, which takes longer
+    with tempfile.TemporaryDirectory(prefix="attendant-") as scratch, _ray(data_plane, Path(scratch)):
+        try:
+            preflight.finish()
+            _deploy(args, address)
+            print(_welcome(args, address), flush=True)
+            while True:
+                signal.pause()
+        except Stop:
+            print("stopping: open requests are finished first; press Ctrl-C again to cut them short", flush=True)
+            _shut_down()
+
+
+def check_port(address: Address) -> None:
+    """Raises `StartError` when something listens there already, or nobody may."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address.host, address.port))
+        except OSError as error:
+            raise StartError(
+                f"cannot listen on {address.host} port {address.port}: {os.strerror(error.errno or 0)}; "
+                "stop what uses it, or choose another with --port"
+            ) from None
+
+
+@contextmanager
+def _ray(data_plane: DataPlane, scratch: Path) -> Iterator[None]:
+    """A Ray of our own on the loopback interface, for as long as the block runs."""
+    os.environ.update(environment(data_plane, scratch))
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    import ray
+
+    try:
+        ray.init(
+            address="local",  # never another Ray that happens to run on this machine
+            _node_ip_address="127.0.0.1",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):  # after `init`, which installs its own
+            signal.signal(number, _stop)
+    except Exception as error:
+        raise StartError(f"Ray did not start: {_cause(str(error))}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _deploy(args: "AppArgs", address: Address) -> None:
+    from ray import serve
+
+    from service.app import build
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        serve.start(http_options={"host": address.host, "port": address.port}, logging_config={"log_level": "WARNING"})
+        serve.run(build(args), name=APP_NAME, logging_config={"log_level": "WARNING"})
+    except Exception as error:
+        raise StartError(f"the service did not start: {_cause(str(error))}") from None
+
+
+def _shut_down() -> None:
+    from ray import serve
+
+    with suppress(Stop):  # the second Ctrl-C
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stop
+
+
+def _cause(text: str) -> str:
+    """The exception at the end of the traceback that Ray puts into its message."""
+    raised = re.findall(r"^\s*(?:[\w.]+\.)?(\w*(?:Error|Request|Exception)): (.+)$", text, re.MULTILINE)
+    return ": ".join(raised[-1]) if raised else text.strip().splitlines()[-1]
+
+
+def _welcome(args: "AppArgs", address: Address) -> str:
+    body = '{"prompt": "Once upon a time", "max_tokens": 100, "stream": true}'
+    curl = f"curl -N {address.url}/v1/completions -H 'content-type: application/json' -d '{body}'"
+    return f"Attendant is ready with {Path(args.model).name}. Try: {curl}"
