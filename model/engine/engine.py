@@ -43,7 +43,7 @@ class Engine:
         pool = KVPool(decoder.config, num_blocks, config.block_size, weight.dtype, weight.device)
         self.runner = Runner(decoder, pool, deterministic=config.deterministic)
         self.num_failed_steps = 0
-        self.stats = self._measure(Stopwatch(), StepPhases(), 0, 0)
+        self._measure_idle()
 
     @classmethod
     def from_checkpoint(cls, directory: Path, config: EngineConfig) -> "Engine":
@@ -89,7 +89,7 @@ class Engine:
     def abort(self, request_id: str) -> bool:
         """End a request at once and free its blocks. False if it is not here any more."""
         found = self.scheduler.abort(request_id)
-        self._observe(time.perf_counter(), 0, 0)  # no step may follow to tell that its blocks are free
+        self._measure_idle()  # no step may follow to tell that its blocks are free
         return found
 
     def step(self) -> list[TokenOutput]:
@@ -101,7 +101,7 @@ class Engine:
         self.runner.forget(self.scheduler.take_departed())
         schedule = clock.lap()
         if not step.requests:
-            self.stats = self._measure(clock, StepPhases(schedule), 0, 0)
+            self._measure_idle()
             return expired
         batch = stage(step, self.config.block_size, self.device)
         staged = clock.lap()
@@ -118,7 +118,7 @@ class Engine:
         """After `step` raised: end the requests of that step, spare the others."""
         self.num_failed_steps += 1
         outputs = self.scheduler.fail(self.scheduled)
-        self._observe(time.perf_counter(), 0, 0)
+        self._measure_idle()
         return outputs
 
     def generate(self, request: Request) -> Iterator[TokenOutput]:
@@ -139,6 +139,10 @@ class Engine:
         vocab_size = self.model_config.vocab_size
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
             raise InvalidRequest(f"{what} holds token ids outside [0, {vocab_size})", param=param)
+
+    def _measure_idle(self) -> None:
+        """Numbers for when something has changed without a step: nothing computed, the gauges as they are now."""
+        self.stats = self._measure(Stopwatch(), StepPhases(), 0, 0)
 
     def _measure(self, clock: Stopwatch, phases: StepPhases, num_tokens: int, num_generated: int) -> StepStats:
         scheduler = self.scheduler
