@@ -68,6 +68,9 @@ class EngineConfig:
 
     kv_cache_tokens: how many tokens' keys and values the cache holds, over all requests.
     max_num_batched_tokens: the token budget of one step; a long prompt delays others by at most one such chunk.
+    speculative_tokens: how many tokens to guess ahead (0: none), while at most `speculation_max_seqs` requests run.
+    deterministic: fixed shapes in every product and sum, so that a request's tokens depend, to the last bit, neither on
+        its batch nor on chunks, preemption or prefix hits. It costs speed.
     """
 
     dtype: Dtype = "auto"
@@ -78,6 +81,9 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     prefix_cache: bool = True
+    speculative_tokens: int = 0
+    speculation_max_seqs: int = 8
+    deterministic: bool = False
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -85,9 +91,11 @@ class EngineConfig:
             raise ConfigError(f"dtype must be one of {', '.join(get_args(Dtype))}, not {self.dtype!r}")
         if self.device not in get_args(Device):
             raise ConfigError(f"device must be one of {', '.join(get_args(Device))}, not {self.device!r}")
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "speculation_max_seqs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.speculative_tokens < 0:
+            raise ConfigError(f"speculative_tokens must not be negative, as {self.speculative_tokens} is")
         for name in ("kv_cache_tokens", "max_model_len", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

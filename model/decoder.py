@@ -5,6 +5,7 @@ trains on whole sequences, prefills a chunk and decodes a batch: only the `Atten
 """
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.layers import MLP, Int8Linear, Linear, RMSNorm, Rotary, rotate
+from model.layers import MLP, Int8Linear, Linear, RMSNorm, Rotary, TiledLinear, rotate
 
 
 class Attend(Protocol):
@@ -96,7 +97,14 @@ class Decoder(nn.Module):
 
     def quantize(self) -> None:
         """Replace the linear maps of the layers and the head by int8 ones, in place. The embedding keeps its dtype."""
+        self._replace_linears(Int8Linear)
+
+    def fix_row_tiles(self) -> None:
+        """Make every product's result independent of how many rows it is computed with. int8 maps are so already."""
+        self._replace_linears(TiledLinear)
+
+    def _replace_linears(self, replacement: Callable[[Linear], nn.Module]) -> None:
         for module in list(self.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, Linear):
-                    setattr(module, name, Int8Linear(child))
+                    setattr(module, name, replacement(child))

@@ -17,6 +17,25 @@ class Linear(nn.Module):
         return F.linear(x, self.weight)
 
 
+class TiledLinear(nn.Module):
+    """A `Linear` that multiplies `ROWS` rows at a time, zeros where there are fewer.
+
+    The order in which a product's terms are added depends on the shape of the matrices: with one shape for all, a row's
+    result does not depend on how many rows there are.
+    """
+
+    ROWS = 16
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [rows, in_features] -> [rows, out_features]."""
+        padded = F.pad(x, (0, 0, 0, -len(x) % self.ROWS))
+        return torch.cat([F.linear(tile, self.weight) for tile in padded.split(self.ROWS)])[: len(x)]
+
+
 class Int8Linear(nn.Module):
     """A `Linear` in int8: one scale per output channel of the weight, one per token of the activation.
 

@@ -11,7 +11,7 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
-    from model.engine.engine import StepStats
+    from model.engine.stats import StepStats
 
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each that nobody reads
 

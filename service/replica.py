@@ -13,8 +13,8 @@ from service.channel import Accepted, EngineInfo, Outbox, Output, Refused, Submi
 from service.metrics import EngineMetrics
 
 if TYPE_CHECKING:
-    from model.engine.engine import StepStats
     from model.engine.request import TokenOutput
+    from model.engine.stats import StepStats
 
 WATCH_PERIOD_S = 0.5
 # An ingress pings every 2 s. One that has been silent for this long is gone, whatever Ray says about its call.

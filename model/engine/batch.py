@@ -1,14 +1,16 @@
 """From a scheduled step to the tensors that the runner reads."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.attention.plan import AttentionPlan, token_positions
+from model.engine.request import Request
 from model.engine.scheduler import ScheduledStep
-from model.sampling.sampler import SamplingRows
 
 
 @dataclass(frozen=True)
@@ -16,15 +18,16 @@ class Batch:
     """One step on the device. Rows are the new tokens of all sequences, decodes first.
 
     token_ids, positions: [num_tokens].
-    sample_rows: [num_sampled]: the row whose logits give each sampling request's next token.
-    sampling: the parameters of those rows; None where no request has come to its last token.
+    sample_rows: [num_samples]: the rows whose logits give tokens: of each sampling request the last ones.
+    sampling: the request of each sample; sample_positions: where the sampled token will stand.
     """
 
     token_ids: Tensor
     positions: Tensor
     plan: AttentionPlan
     sample_rows: Tensor
-    sampling: SamplingRows | None
+    sampling: Sequence[Request]
+    sample_positions: Sequence[int]
 
 
 def decodes_first(step: ScheduledStep) -> ScheduledStep:
@@ -34,18 +37,27 @@ def decodes_first(step: ScheduledStep) -> ScheduledStep:
 
 def stage(step: ScheduledStep, block_size: int, device: torch.device) -> Batch:
     """Lay out a step, already with its decodes first."""
-    starts = [start for _, start, _, _ in step.requests]
-    counts = [num_tokens for _, _, num_tokens, _ in step.requests]
-    token_ids = [t for request, start, n, _ in step.requests for t in request.token_ids[start : start + n]]
-    plan = AttentionPlan.build(block_size, starts, counts, [request.block_table for request, *_ in step.requests])
-    samples = np.array([samples for *_, samples in step.requests])
-    sampling = [scheduled.request for scheduled in step.requests if scheduled.samples]
+    scheduled = step.requests
+    starts = [item.start for item in scheduled]
+    counts = [item.num_tokens for item in scheduled]
+    token_ids = list(
+        chain.from_iterable(
+            chain(item.request.token_ids[item.start : item.start + item.num_tokens], item.draft_ids)
+            for item in scheduled
+        )
+    )
+    plan = AttentionPlan.build(block_size, starts, counts, [item.request.block_table for item in scheduled])
+    samples = np.array([item.num_samples for item in scheduled])
+    # Row i of a request's samples lies so far before the end of its rows.
+    ends = np.repeat(plan.query_start_loc[1:], samples)
+    before_end = np.repeat(samples.cumsum(), samples) - np.arange(samples.sum())
+    positions = token_positions(starts, plan.query_start_loc)
+    sample_rows = ends - before_end
     return Batch(
         token_ids=torch.tensor(token_ids, device=device),
-        positions=torch.from_numpy(token_positions(starts, plan.query_start_loc)).to(device),
+        positions=torch.from_numpy(positions).to(device),
         plan=plan,
-        sample_rows=torch.from_numpy(plan.query_start_loc[1:][samples] - 1).to(device),
-        sampling=SamplingRows.stage([r.params for r in sampling], [r.num_tokens for r in sampling], device)
-        if sampling
-        else None,
+        sample_rows=torch.from_numpy(sample_rows).to(device),
+        sampling=[item.request for item in scheduled for _ in range(item.num_samples)],
+        sample_positions=(positions[sample_rows] + 1).tolist(),
     )

@@ -1,13 +1,12 @@
 """The engine: requests are added, steps are taken, tokens come out. Open this file first.
 
-One step is schedule -> stage -> run -> commit. Nothing else changes a request or touches the cache. An engine belongs
-to one thread; `model.engine.loop` gives it one of its own.
+One step is schedule -> stage -> forward -> sample -> commit. Nothing else changes a request or touches the cache. An
+engine belongs to one thread; `model.engine.loop` gives it one of its own.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -19,32 +18,17 @@ from model.engine.batch import decodes_first, stage
 from model.engine.memory import resolve_device, resolve_dtype, size_cache
 from model.engine.request import Request, TokenOutput
 from model.engine.runner import Runner
-from model.engine.scheduler import Scheduler
+from model.engine.scheduler import ScheduledStep, Scheduler
+from model.engine.stats import StepPhases, StepStats, Stopwatch
 from model.errors import InvalidRequest
 from model.sampling.params import SamplingParams
 
 
-class StepStats(NamedTuple):
-    """One step in numbers. The last four count from the engine's start.
-
-    seconds: the whole step; kv_cache_usage: blocks held by running requests, 0 to 1.
-    prefix_queries, prefix_hits: tokens looked up in the prefix cache, and found.
-    """
-
-    seconds: float
-    num_running: int
-    num_waiting: int
-    num_tokens: int
-    num_generated: int
-    kv_cache_usage: float
-    num_preemptions: int
-    num_failed_steps: int
-    prefix_queries: int
-    prefix_hits: int
-
-
 class Engine:
-    """Continuous batching over one decoder: requests join and leave between steps."""
+    """Continuous batching over one decoder: requests join and leave between steps.
+
+    stats: of the last step.
+    """
 
     def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
         """Raises `ConfigError` where the cache cannot hold what `config` asks for."""
@@ -53,13 +37,13 @@ class Engine:
         weight = decoder.embedding
         self.config = config
         self.model_config = decoder.config
-        self.max_model_len, num_blocks = size_cache(decoder.config, config, weight.dtype, weight.device)
         self.device = weight.device
+        self.max_model_len, num_blocks = size_cache(decoder.config, config, weight.dtype, weight.device)
         self.scheduler = Scheduler(config, num_blocks, decoder.config.eos_token_ids)
         pool = KVPool(decoder.config, num_blocks, config.block_size, weight.dtype, weight.device)
-        self.runner = Runner(decoder, pool)
+        self.runner = Runner(decoder, pool, deterministic=config.deterministic)
         self.num_failed_steps = 0
-        self.stats = StepStats(0.0, 0, 0, 0, 0, 0.0, 0, 0, 0, 0)
+        self._measure_idle()
 
     @classmethod
     def from_checkpoint(cls, directory: Path, config: EngineConfig) -> "Engine":
@@ -68,6 +52,8 @@ class Engine:
         decoder = load_checkpoint(directory, dtype=resolve_dtype(config.dtype, device), device=device)
         if config.dtype == "int8":
             decoder.quantize()
+        if config.deterministic:
+            decoder.fix_row_tiles()
         return cls(decoder, config)
 
     @property
@@ -79,9 +65,9 @@ class Engine:
         """Raise `InvalidRequest`, with the numbers, for what could never be served. Safe from any thread."""
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
-        vocab_size = self.model_config.vocab_size
-        if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
-            raise InvalidRequest(f"the prompt holds token ids outside [0, {vocab_size})", param="prompt")
+        self._check_ids("the prompt", prompt_ids, "prompt")
+        self._check_ids("logit_bias", list(params.logit_bias), "logit_bias")
+        self._check_ids("stop_token_ids", params.stop_token_ids, "stop_token_ids")
         if len(prompt_ids) >= self.max_model_len:
             raise InvalidRequest(
                 f"the prompt has {len(prompt_ids)} tokens; with room for one more, "
@@ -103,23 +89,36 @@ class Engine:
     def abort(self, request_id: str) -> bool:
         """End a request at once and free its blocks. False if it is not here any more."""
         found = self.scheduler.abort(request_id)
-        self._observe(time.perf_counter(), 0, 0)  # no step may follow to tell that its blocks are free
+        self._measure_idle()  # no step may follow to tell that its blocks are free
         return found
 
     def step(self) -> list[TokenOutput]:
-        """Compute one step for all requests that fit. An exception leaves the engine as it was before `commit`."""
-        started = time.perf_counter()
+        """Compute one step for all requests that fit. After an exception, `fail_step` says whom it hit."""
+        clock = Stopwatch()
+        self.scheduled = ScheduledStep(())
+        expired = self.scheduler.expire(time.monotonic())
         step = self.scheduled = decodes_first(self.scheduler.schedule())
-        next_ids = self.runner.run(stage(step, self.config.block_size, self.device)) if step.requests else []
-        outputs = self.scheduler.commit(step, next_ids)
-        self._observe(started, step.num_tokens, len(outputs))
-        return outputs
+        self.runner.forget(self.scheduler.take_departed())
+        schedule = clock.lap()
+        if not step.requests:
+            self._measure_idle()
+            return expired
+        batch = stage(step, self.config.block_size, self.device)
+        staged = clock.lap()
+        hidden = self.runner.forward(batch)
+        forward = clock.lap()
+        sampled = self.runner.sample(batch, step, hidden)
+        sample = clock.lap()
+        outputs = self.scheduler.commit(step, sampled)
+        phases = StepPhases(schedule, staged, forward, sample, clock.lap())
+        self.stats = self._measure(clock, phases, step.num_tokens, sum(len(output.token_ids) for output in outputs))
+        return expired + outputs
 
     def fail_step(self) -> list[TokenOutput]:
         """After `step` raised: end the requests of that step, spare the others."""
         self.num_failed_steps += 1
         outputs = self.scheduler.fail(self.scheduled)
-        self._observe(time.perf_counter(), 0, 0)
+        self._measure_idle()
         return outputs
 
     def generate(self, request: Request) -> Iterator[TokenOutput]:
@@ -136,10 +135,19 @@ class Engine:
         """Assert the invariants of the cache. For tests, and for an idle service."""
         self.scheduler.check_integrity()
 
-    def _observe(self, started: float, num_tokens: int, num_generated: int) -> None:
+    def _check_ids(self, what: str, token_ids: Sequence[int], param: str) -> None:
+        vocab_size = self.model_config.vocab_size
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            raise InvalidRequest(f"{what} holds token ids outside [0, {vocab_size})", param=param)
+
+    def _measure_idle(self) -> None:
+        """Numbers for when something has changed without a step: nothing computed, the gauges as they are now."""
+        self.stats = self._measure(Stopwatch(), StepPhases(), 0, 0)
+
+    def _measure(self, clock: Stopwatch, phases: StepPhases, num_tokens: int, num_generated: int) -> StepStats:
         scheduler = self.scheduler
-        self.stats = StepStats(
-            seconds=time.perf_counter() - started,
+        return StepStats(
+            seconds=clock.total,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_tokens=num_tokens,
@@ -149,4 +157,7 @@ class Engine:
             num_failed_steps=self.num_failed_steps,
             prefix_queries=scheduler.prefix.queried_tokens,
             prefix_hits=scheduler.prefix.hit_tokens,
+            num_drafted=scheduler.num_drafted,
+            num_accepted=scheduler.num_accepted,
+            phases=phases,
         )

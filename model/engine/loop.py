@@ -5,8 +5,9 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 
-from model.engine.engine import Engine, StepStats
+from model.engine.engine import Engine
 from model.engine.request import Request, TokenOutput
+from model.engine.stats import StepStats
 
 logger = logging.getLogger(__name__)
 

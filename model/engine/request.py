@@ -1,26 +1,33 @@
 """The one mutable state of a request, and what the engine says about it."""
 
 from collections.abc import Sequence
+from hashlib import sha256
 from typing import Literal, NamedTuple
 
 from model.cache.prefix import ROOT, chain
 from model.sampling.params import SamplingParams
+from model.sampling.result import TokenLogprobs
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "deadline", "error"]
 
 
 class TokenOutput(NamedTuple):
     """What one step gave one request.
 
-    finish_reason: None while more is to come; then `stop` (an end-of-sequence token, the last of `token_ids`),
-        `length` (max_tokens reached) or `error` (the step failed; the service's log says why).
+    finish_reason: None while more is to come; then `stop` (an end-of-sequence or stop token, the last of `token_ids`),
+        `length` (max_tokens reached), `deadline` (it passed) or `error` (the step failed, or its logits were not
+        numbers; the service's log says why).
     num_cached_tokens: prompt tokens that came from the prefix cache.
+    logprobs: one for each of `token_ids`, for those who ask.
+    prompt_logprobs: with the first output, one for each prompt token; the first token has none.
     """
 
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None
     num_cached_tokens: int
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 class Request:
@@ -28,30 +35,65 @@ class Request:
 
     output_ids: tokens that this request has already produced elsewhere; it goes on behind them as if it had never
         moved. They count towards `max_tokens`.
+    priority: lower goes first, and is preempted last; among equals, who came first.
+    deadline: on the clock of `time.monotonic`; the request ends then, wherever it is.
+    cache_salt: prefixes are shared only between requests of one salt.
+    leader: a request with the same prompt, whose prompt this one waits for, to share it from the cache.
     """
 
     __slots__ = (
+        "arrival",
         "block_hashes",
         "block_table",
+        "cache_salt",
+        "deadline",
+        "draft_credit",
+        "draft_ids",
+        "draft_index",
+        "leader",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
         "params",
+        "priority",
+        "prompt_logprobs",
         "request_id",
+        "sampler_row",
         "token_ids",
     )
 
     def __init__(
-        self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, output_ids: Sequence[int] = ()
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        output_ids: Sequence[int] = (),
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_salt: str = "",
+        leader: "Request | None" = None,
     ) -> None:
         self.request_id = request_id
         self.params = params
+        self.priority = priority
+        self.deadline = deadline
+        self.cache_salt = cache_salt
+        self.leader = leader
         self.num_prompt_tokens = len(prompt_ids)
         self.token_ids = [*prompt_ids, *output_ids]
+        # Kept by the scheduler:
+        self.arrival = 0
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
+        self.draft_ids: list[int] = []
+        self.draft_credit = 0
+        self.draft_index: dict[tuple[int, ...], int] = {}
+        # Kept by the runner:
+        self.sampler_row: int | None = None
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
 
     @property
     def num_tokens(self) -> int:
@@ -63,10 +105,28 @@ class Request:
         """Tokens generated so far, here or elsewhere."""
         return len(self.token_ids) - self.num_prompt_tokens
 
+    @property
+    def has_prompt_computed(self) -> bool:
+        """Whether the keys and values of the whole prompt lie in the cache."""
+        return self.num_computed_tokens >= self.num_prompt_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether there are prompt tokens left whose log-probability is asked for."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who goes first: the smaller."""
+        return self.priority, self.arrival
+
     def hash_blocks(self, count: int, block_size: int) -> list[bytes]:
         """The hashes of the first `count` blocks, all of them full. Each is computed once."""
         while len(self.block_hashes) < count:
             start = len(self.block_hashes) * block_size
-            parent = self.block_hashes[-1] if self.block_hashes else ROOT
+            parent = self.block_hashes[-1] if self.block_hashes else self._root_hash()
             self.block_hashes.append(chain(parent, self.token_ids[start : start + block_size]))
         return self.block_hashes[:count]
+
+    def _root_hash(self) -> bytes:
+        return sha256(ROOT + self.cache_salt.encode()).digest()

@@ -5,7 +5,8 @@ One rule serves prefill, decode, chunks, prefix hits and resumption. A request h
 requests go first, so a long prompt can delay them by at most one chunk.
 """
 
-from collections import OrderedDict
+import heapq
+from bisect import insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,18 +14,25 @@ from model.cache.blocks import BlockPool
 from model.cache.prefix import PrefixCache
 from model.config import EngineConfig
 from model.engine.request import FinishReason, Request, TokenOutput
+from model.engine.speculative import NgramDrafter
+from model.sampling.result import Sampled, TokenLogprobs
+
+COMPACT_BEYOND = 256  # entries of the heaps that are worth a look at all of them
 
 
 class ScheduledRequest(NamedTuple):
     """Tokens [start, start + num_tokens) of a request are computed in this step.
 
-    samples: these are the last known tokens, so the step gives the next one.
+    draft_ids: guesses that follow the known tokens, the last of `num_tokens`.
+    num_samples: tokens that the step gives: none where the known tokens are not all computed yet, else one, and one
+        more for each guess.
     """
 
     request: Request
     start: int
     num_tokens: int
-    samples: bool
+    draft_ids: tuple[int, ...]
+    num_samples: int
 
 
 class ScheduledStep(NamedTuple):
@@ -45,10 +53,19 @@ class Scheduler:
         self.config = config
         self.prefix = PrefixCache()
         self.blocks = BlockPool(num_blocks, on_reuse=self.prefix.forget)
-        self.waiting: OrderedDict[str, Request] = OrderedDict()  # first come, first served
-        self.running: list[Request] = []  # in order of admission
+        self.waiting: dict[str, Request] = {}
+        self.running: list[Request] = []  # by rank
         self.num_preemptions = 0
+        self.num_drafted = 0
+        self.num_accepted = 0
+        self._departed: list[Request] = []
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._drafter = NgramDrafter(config.speculative_tokens)
+        self._arrivals = 0
+        # Heaps of (key, request); an entry whose request has moved on is passed over when it comes up, so the cost of
+        # a step does not grow with the queue.
+        self._queue: list[tuple[tuple[int, int], Request]] = []
+        self._deadlines: list[tuple[float, int, Request]] = []
 
     @property
     def has_work(self) -> bool:
@@ -57,7 +74,13 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request that `Engine.validate` has let through. Its id is not in use."""
-        self.waiting[request.request_id] = request
+        self._arrivals += 1
+        request.arrival = self._arrivals
+        self._wait(request)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.arrival, request))
+        if len(self._queue) + len(self._deadlines) > 4 * (len(self.waiting) + len(self.running)) + COMPACT_BEYOND:
+            self._compact()
 
     def abort(self, request_id: str) -> bool:
         """End a request without a word and free its blocks. False if it is not (or no longer) here."""
@@ -69,43 +92,57 @@ class Scheduler:
                 return True
         return False
 
+    def expire(self, now: float) -> list[TokenOutput]:
+        """End the requests whose deadline has passed, waiting or running."""
+        outputs = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, request = heapq.heappop(self._deadlines)
+            if self._is_live(request):
+                self.abort(request.request_id)
+                outputs.append(TokenOutput(request.request_id, [], "deadline", request.num_cached_tokens))
+        return outputs
+
     def schedule(self) -> ScheduledStep:
         """Fill one step's token budget. Raises nothing: a request that cannot run waits."""
         budget = self.config.max_num_batched_tokens
         step: list[ScheduledRequest] = []
 
-        # A request makes room by preempting the newest, which is never one that this step has already scheduled.
+        # A request makes room by preempting the last by rank, which is never one that this step has already scheduled.
         while budget and len(step) < len(self.running):
             request = self.running[len(step)]
-            num_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
-            if self._make_room(request, num_tokens):
-                step.append(self._grant(request, num_tokens))
-                budget -= num_tokens
+            scheduled = self._grant(request, budget)
+            if self._make_room(request, scheduled.num_tokens):
+                step.append(scheduled)
+                budget -= scheduled.num_tokens
 
-        while budget and self.waiting and len(self.running) < self.config.max_num_seqs:
-            request = next(iter(self.waiting.values()))
-            if not self._admit(request):  # not enough free blocks: nothing behind it may overtake
+        while budget and len(self.running) < self.config.max_num_seqs:
+            first = self._next_waiting()
+            if first is None or not self._admit(first):  # nothing behind it may overtake
                 break
-            num_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
-            step.append(self._grant(request, num_tokens))
-            budget -= num_tokens
+            step.append(self._grant(first, budget))
+            budget -= step[-1].num_tokens
 
         return ScheduledStep(tuple(step))
 
-    def commit(self, step: ScheduledStep, next_ids: Sequence[int]) -> list[TokenOutput]:
-        """Take in a step's results. next_ids: one for each request that samples, in the step's order."""
-        outputs, ended = [], []
-        sampled = iter(next_ids)
-        for request, start, num_tokens, samples in step.requests:
-            request.num_computed_tokens = start + num_tokens
-            self._offer_prefix(request, start)
-            if samples:
-                token_id = next(sampled)
-                request.token_ids.append(token_id)
-                reason = self._finish_reason(request, token_id)
-                outputs.append(TokenOutput(request.request_id, [token_id], reason, request.num_cached_tokens))
-                if reason:
-                    ended.append(request)
+    def commit(self, step: ScheduledStep, sampled: Sampled) -> list[TokenOutput]:
+        """Take in a step's results, one entry of `sampled` for each of its samples, in order."""
+        outputs, ended, first = [], [], 0
+        for scheduled in step.requests:
+            request = scheduled.request
+            samples = slice(first, first + scheduled.num_samples)
+            first = samples.stop
+            accepted = self._accept(scheduled, sampled.token_ids[samples])
+            taken, reason = self._extend(request, accepted)
+            known = scheduled.start + scheduled.num_tokens - len(scheduled.draft_ids)
+            request.num_computed_tokens = min(known + max(len(accepted) - 1, 0), request.num_tokens)
+            self._offer_prefix(request, scheduled.start)
+            if scheduled.num_samples:
+                logprobs = sampled.logprobs[samples] if sampled.logprobs else None
+                outputs.append(self._output(request, taken, reason, logprobs))
+            if reason:
+                ended.append(request)
+            elif taken and self._speculates(request):
+                self._drafter.propose(request, taken)
         self._end(ended)
         return outputs
 
@@ -115,40 +152,83 @@ class Scheduler:
         self._end(requests)
         return [TokenOutput(request.request_id, [], "error", request.num_cached_tokens) for request in requests]
 
+    def take_departed(self) -> list[Request]:
+        """The requests that have left `running` since the last call."""
+        departed, self._departed = self._departed, []
+        return departed
+
     def check_integrity(self) -> None:
         """Assert that every block is either free or on the table of a running request."""
         assert all(not request.block_table for request in self.waiting.values()), "a waiting request holds blocks"
+        assert self.running == sorted(self.running, key=lambda request: request.rank), "running is out of order"
         self.blocks.check(request.block_table for request in self.running)
 
-    def _grant(self, request: Request, num_tokens: int) -> ScheduledRequest:
-        start = request.num_computed_tokens
-        return ScheduledRequest(request, start, num_tokens, samples=start + num_tokens == request.num_tokens)
+    def _grant(self, request: Request, budget: int) -> ScheduledRequest:
+        """What this request computes in this step: its known tokens as far as they fit, then its guesses."""
+        start, missing = request.num_computed_tokens, request.num_tokens - request.num_computed_tokens
+        if missing > budget:
+            return ScheduledRequest(request, start, budget, (), 0)
+        drafts = self._affordable_drafts(request, budget - missing)
+        return ScheduledRequest(request, start, missing + len(drafts), drafts, 1 + len(drafts))
+
+    def _affordable_drafts(self, request: Request, budget: int) -> tuple[int, ...]:
+        """Guesses are worth a free block, never a preemption; and a large batch leaves no compute idle for them."""
+        if request.draft_credit <= 0 or len(self.running) > self.config.speculation_max_seqs:
+            return ()
+        free = (self.blocks.num_free + len(request.block_table)) * self.config.block_size - request.num_tokens
+        return tuple(request.draft_ids[: max(min(budget, free), 0)])
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
-        """Give a running request the blocks for its next tokens, preempting the newest requests where none are free.
+        """Give a running request the blocks for its next tokens, preempting the last by rank where none are free.
 
-        False if the request itself was the newest and had to go.
+        False if the request itself was the last and had to go.
         """
         missing = self._num_blocks(request.num_computed_tokens + num_tokens) - len(request.block_table)
         while missing > self.blocks.num_free:
-            newest = self.running[-1]
-            self._preempt(newest)
-            if newest is request:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is request:
                 return False
         if missing > 0:
             request.block_table += self.blocks.allocate(missing)
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Send the newest running request back to the head of the queue; its keys and values are computed again."""
+        """Send a running request back to its place in the queue; its keys and values are computed again."""
         self._end([request])
         request.num_computed_tokens = 0
-        self.waiting[request.request_id] = request
-        self.waiting.move_to_end(request.request_id, last=False)
+        self._wait(request)
         self.num_preemptions += 1
+
+    def _wait(self, request: Request) -> None:
+        self.waiting[request.request_id] = request
+        heapq.heappush(self._queue, (request.rank, request))
+
+    def _is_live(self, request: Request) -> bool:
+        return self.waiting.get(request.request_id) is request or request in self.running
+
+    def _compact(self) -> None:
+        """Drop what the heaps still hold of requests that are gone. Amortized over the adds, it costs O(1)."""
+        self._queue = [entry for entry in self._queue if self.waiting.get(entry[1].request_id) is entry[1]]
+        running = set(map(id, self.running))
+        self._deadlines = [
+            entry
+            for entry in self._deadlines
+            if id(entry[2]) in running or self.waiting.get(entry[2].request_id) is entry[2]
+        ]
+        heapq.heapify(self._queue)
+        heapq.heapify(self._deadlines)
+
+    def _next_waiting(self) -> Request | None:
+        while self._queue:
+            request = self._queue[0][1]
+            if self.waiting.get(request.request_id) is request:
+                return request
+            heapq.heappop(self._queue)
+        return None
 
     def _admit(self, request: Request) -> bool:
         """Move a request from waiting to running, if there are blocks for all of its known tokens.
@@ -156,6 +236,8 @@ class Scheduler:
         For all, not for the first chunk alone: else two long prompts could each take half of the pool and preempt each
         other. Output is not reserved for.
         """
+        if request.leader in self.running and not request.leader.has_prompt_computed:
+            return False
         cached = self._match_prefix(request)
         missing = self._num_blocks(request.num_tokens) - len(cached)
         idle = sum(self.blocks.references(block) == 0 for block in cached)
@@ -168,12 +250,18 @@ class Scheduler:
         request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
         self.prefix.queried_tokens += request.num_tokens
         self.prefix.hit_tokens += request.num_computed_tokens
-        self.running.append(self.waiting.pop(request.request_id))
+        del self.waiting[request.request_id]
+        heapq.heappop(self._queue)
+        insort(self.running, request, key=lambda running: running.rank)
+        if self._speculates(request):
+            self._drafter.begin(request)
         return True
 
     def _match_prefix(self, request: Request) -> list[int]:
-        """Cached blocks that this request can share: never all of its tokens, since the last must give logits."""
-        if not self.config.prefix_cache:
+        """Cached blocks that this request can share: never all of its tokens, since the last must give logits; and
+        none where the logits of the prompt itself are asked for.
+        """
+        if not self.config.prefix_cache or request.wants_prompt_logprobs:
             return []
         matchable = (request.num_tokens - 1) // self.config.block_size
         return self.prefix.match(request.hash_blocks(matchable, self.config.block_size))
@@ -189,12 +277,62 @@ class Scheduler:
             for index in range(first, full):
                 self.prefix.register(hashes[index], request.block_table[index])
 
+    def _speculates(self, request: Request) -> bool:
+        """Penalties look at the tokens so far, which a guess would falsify."""
+        return self.config.speculative_tokens > 0 and not request.params.penalizes
+
+    def _accept(self, scheduled: ScheduledRequest, sampled: Sequence[int | None]) -> list[int | None]:
+        """The sampled tokens that stand behind right guesses only: the first always, each next if the guess before it
+        is what was sampled there.
+        """
+        accepted = list(sampled[:1])
+        for draft, following in zip(scheduled.draft_ids, sampled[1:], strict=False):
+            if accepted[-1] != draft:
+                break
+            accepted.append(following)
+        if scheduled.draft_ids:
+            self.num_drafted += len(scheduled.draft_ids)
+            self.num_accepted += len(accepted) - 1
+        return accepted
+
+    def _extend(self, request: Request, token_ids: Sequence[int | None]) -> tuple[list[int], FinishReason | None]:
+        """Append new tokens up to the one that ends the request, and say why it ends."""
+        taken: list[int] = []
+        for token_id in token_ids:
+            if token_id is None:
+                return taken, "error"
+            request.token_ids.append(token_id)
+            taken.append(token_id)
+            if reason := self._finish_reason(request, token_id):
+                return taken, reason
+        return taken, None
+
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        if token_id in self._eos_token_ids and not request.params.ignore_eos:
+        params = request.params
+        if (token_id in self._eos_token_ids and not params.ignore_eos) or token_id in params.stop_token_ids:
             return "stop"
-        if request.num_output_tokens >= request.params.max_tokens:
+        if request.num_output_tokens >= params.max_tokens:
             return "length"
         return None
+
+    def _output(
+        self,
+        request: Request,
+        token_ids: list[int],
+        reason: FinishReason | None,
+        logprobs: Sequence[TokenLogprobs | None] | None,
+    ) -> TokenOutput:
+        first = request.num_output_tokens <= len(token_ids)
+        if request.params.logprobs is None:
+            logprobs = None
+        return TokenOutput(
+            request.request_id,
+            token_ids,
+            reason,
+            request.num_cached_tokens,
+            logprobs=None if logprobs is None else [item for item in logprobs[: len(token_ids)] if item],
+            prompt_logprobs=request.prompt_logprobs if first and request.params.prompt_logprobs is not None else None,
+        )
 
     def _end(self, requests: Sequence[Request]) -> None:
         """Take running requests out and free their blocks."""
@@ -205,3 +343,4 @@ class Scheduler:
         for request in requests:
             self.blocks.release(request.block_table)
             request.block_table = []
+        self._departed += requests

@@ -1,98 +1,160 @@
 """Turns a batch of logits into token ids: every row by its own parameters, none of them by its neighbours.
 
-Randomness is counter-based: one uniform number for each (seed, position), turned into a token by the inverse of the
-row's cumulative distribution. Nothing is drawn from a generator with a state, so batching, preemption and resumption
-elsewhere cannot change what a request says.
+What a request asks for is written into its row once, when it joins; a step picks rows by index. The order of the
+stages: bias, bans and penalties, temperature, min-p, top-k, top-p, draw. A stage that no row asks for is not run.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.sampling.draw import draw, drop_unlikely, keyed_uniforms, truncate
+from model.sampling.logprobs import token_logprobs
 from model.sampling.params import SamplingParams
-
-
-@dataclass(frozen=True)
-class SamplingRows:
-    """The parameters of the rows to sample, as tensors of [rows].
-
-    uniforms: one number in [0, 1) a row, float64.
-    all_greedy, truncates: facts about the whole batch, known on the host so that no step waits for the device.
-    """
-
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    uniforms: Tensor
-    all_greedy: bool
-    truncates: bool
-
-    @classmethod
-    def stage(cls, params: Sequence[SamplingParams], positions: Sequence[int], device: torch.device) -> "SamplingRows":
-        """positions: for each row, the position of the token to be sampled."""
-        temperature = np.array([p.temperature for p in params], dtype=np.float32)
-        top_k = np.array([p.top_k for p in params], dtype=np.int64)
-        top_p = np.array([p.top_p for p in params], dtype=np.float32)
-        seeds = np.array([p.seed & _MASK_64 for p in params], dtype=np.uint64)
-        uniforms = keyed_uniforms(seeds, np.asarray(positions, dtype=np.uint64))
-        return cls(
-            temperature=torch.from_numpy(temperature).to(device),
-            top_k=torch.from_numpy(top_k).to(device),
-            top_p=torch.from_numpy(top_p).to(device),
-            uniforms=torch.from_numpy(uniforms).to(device),
-            all_greedy=not temperature.any(),
-            truncates=bool((top_k > 0).any() or (top_p < 1).any()),
-        )
-
-
-def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
-    """logits: [rows, vocab_size] -> token ids, [rows] int64."""
-    greedy = logits.argmax(dim=-1)
-    if rows.all_greedy:
-        return greedy
-    scaled = logits.float() / torch.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
-    if rows.truncates:
-        scaled = truncate(scaled, rows.top_k, rows.top_p)
-    # Ids keep their order, truncated or not, so that a row's draw does not depend on what other rows ask for.
-    cumulative = scaled.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    target = rows.uniforms[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return torch.where(rows.temperature > 0, drawn, greedy)
-
-
-def truncate(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Set to -inf what lies outside each row's top k, then outside its nucleus (Holtzman et al. 2020).
-
-    logits: [rows, vocab_size], already divided by the temperature; top_k 0 and top_p 1 keep everything. Tokens that tie
-    with the last one kept are kept too.
-    """
-    ordered, _ = logits.sort(dim=-1, descending=True)
-    last = (torch.where(top_k > 0, top_k, logits.shape[-1]) - 1).clamp(max=logits.shape[-1] - 1)
-    kth = ordered.gather(-1, last[:, None])
-    probabilities = ordered.masked_fill(ordered < kth, -torch.inf).softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    # The first token whose predecessors already hold top_p is out; its neighbour to the left sets the bar.
-    kept = ((before < top_p[:, None]) | (top_p[:, None] >= 1)).sum(dim=-1, keepdim=True)
-    nucleus = ordered.gather(-1, kept - 1)
-    return logits.masked_fill(logits < torch.maximum(kth, nucleus), -torch.inf)
-
+from model.sampling.penalties import Penalties
+from model.sampling.result import Sampled, TokenLogprobs
 
 _MASK_64 = (1 << 64) - 1
 
+_ROW = np.dtype(
+    [
+        ("temperature", "f4"),
+        ("top_k", "i8"),
+        ("top_p", "f4"),
+        ("min_p", "f4"),
+        ("seed", "u8"),
+        ("min_position", "i8"),  # nothing that ends the completion is sampled before this position
+        ("penalties", "i8"),  # row in `Penalties`, or NO_ROW
+        ("adjusts", "?"),  # has a logit bias or a min_tokens: rare, so looked at row by row
+        ("logprobs", "i8"),  # how many to list, or NO_ROW for none at all
+    ]
+)
+NO_ROW = -1
 
-def keyed_uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """One number in [0, 1) for each (seed, position): two rounds of the SplitMix64 finalizer (Steele et al. 2014)."""
-    mixed = _splitmix64(_splitmix64(seeds) + positions)
-    # 48 bits: enough for any vocabulary, and u * total can never round up to total.
-    return (mixed >> np.uint64(16)).astype(np.float64) * 2.0**-48
+
+class Sampler:
+    """Parameters and token counts of the requests that are running, one row each."""
+
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], device: torch.device) -> None:
+        self._device = device
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._rows = np.zeros(0, dtype=_ROW)
+        self._params: list[SamplingParams] = []
+        self._free: list[int] = []
+        self._penalties = Penalties(vocab_size, device)
+
+    def attach(self, params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int) -> int:
+        """Write a request's parameters into a row; its tokens so far matter for the penalties alone."""
+        if not self._free:
+            self._grow()
+        row = self._free.pop()
+        self._params[row] = params
+        self._rows[row] = (
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            params.seed & _MASK_64,
+            num_prompt_tokens + params.min_tokens,
+            self._penalties.attach(params, token_ids, num_prompt_tokens) if params.penalizes else NO_ROW,
+            bool(params.logit_bias or params.min_tokens),
+            NO_ROW if params.logprobs is None else params.logprobs,
+        )
+        return row
+
+    def detach(self, row: int) -> None:
+        """The row's request is not running any more."""
+        if (penalized := int(self._rows["penalties"][row])) != NO_ROW:
+            self._penalties.detach(penalized)
+        self._free.append(row)
+
+    def sample(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Sampled:
+        """logits: [n, vocab_size]; for each its request's row and the position of the token to be sampled.
+
+        A request that is penalized has one row of logits in a step; others may have several, at as many positions.
+        """
+        index = np.asarray(rows)
+        at = np.asarray(positions)
+        wanted = self._rows[index]
+        usable = _largest_is_finite(logits)
+        adjusted = self._adjust(logits, index, at, wanted)
+        token_ids = self._choose(adjusted, at, wanted)
+        usable &= _largest_is_finite(adjusted)
+        self._observe(token_ids, wanted)
+        logprobs = self._logprobs(logits, token_ids, wanted)
+        ids: list[int | None] = token_ids.tolist()
+        if not usable.all():
+            for bad in (~usable).nonzero().flatten().tolist():
+                ids[bad] = None
+        return Sampled(ids, logprobs)
+
+    def _adjust(
+        self, logits: Tensor, index: NDArray[np.int64], at: NDArray[np.int64], wanted: NDArray[np.void]
+    ) -> Tensor:
+        """Bias, bans of `min_tokens`, penalties. The logits themselves are left as the model gave them."""
+        adjusts, penalized = wanted["adjusts"].nonzero()[0], wanted["penalties"] != NO_ROW
+        if len(adjusts) == 0 and not penalized.any():
+            return logits
+        logits = logits.float().clone()
+        for i in adjusts:
+            params = self._params[index[i]]
+            if params.logit_bias:
+                ids = torch.tensor(list(params.logit_bias), device=self._device)
+                logits[i, ids] += torch.tensor(list(params.logit_bias.values()), device=self._device)
+            if at[i] < wanted["min_position"][i]:
+                logits[i, list({*self._eos_token_ids, *params.stop_token_ids})] = -torch.inf
+        if penalized.any():
+            which = torch.from_numpy(penalized.nonzero()[0]).to(self._device)
+            rows = torch.from_numpy(wanted["penalties"][penalized]).to(self._device)
+            logits[which] = self._penalties.apply(logits[which], rows)
+        return logits
+
+    def _choose(self, logits: Tensor, at: NDArray[np.int64], wanted: NDArray[np.void]) -> Tensor:
+        greedy = logits.argmax(dim=-1)
+        temperature = self._to_device(wanted["temperature"])
+        if not wanted["temperature"].any():
+            return greedy
+        scaled = logits.float() / torch.where(temperature > 0, temperature, 1.0)[:, None]
+        if wanted["min_p"].any():
+            scaled = drop_unlikely(scaled, self._to_device(wanted["min_p"]))
+        if wanted["top_k"].any() or (wanted["top_p"] < 1).any():
+            scaled = truncate(scaled, self._to_device(wanted["top_k"]), self._to_device(wanted["top_p"]))
+        drawn = draw(scaled, self._to_device(keyed_uniforms(wanted["seed"], at.astype(np.uint64))))
+        return torch.where(temperature > 0, drawn, greedy)
+
+    def _observe(self, token_ids: Tensor, wanted: NDArray[np.void]) -> None:
+        penalized = wanted["penalties"] != NO_ROW
+        if penalized.any():
+            rows = self._to_device(wanted["penalties"][penalized])
+            self._penalties.observe(rows, token_ids[self._to_device(penalized.nonzero()[0])])
+
+    def _logprobs(
+        self, logits: Tensor, token_ids: Tensor, wanted: NDArray[np.void]
+    ) -> list[TokenLogprobs | None] | None:
+        asked = (wanted["logprobs"] != NO_ROW).nonzero()[0]
+        if len(asked) == 0:
+            return None
+        which = self._to_device(asked)
+        found = token_logprobs(logits[which], token_ids[which], wanted["logprobs"][asked].tolist())
+        logprobs: list[TokenLogprobs | None] = [None] * len(wanted)
+        for i, item in zip(asked, found, strict=True):
+            logprobs[i] = item
+        return logprobs
+
+    def _to_device(self, values: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(values.copy()).to(self._device)
+
+    def _grow(self) -> None:
+        old = len(self._rows)
+        new = max(8, old)
+        self._rows = np.concatenate([self._rows, np.zeros(new, dtype=_ROW)])
+        self._params += [SamplingParams(max_tokens=1)] * new
+        self._free += range(old + new - 1, old - 1, -1)
 
 
-def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _largest_is_finite(logits: Tensor) -> Tensor:
+    """[rows]: False where a logit is NaN (which `amax` passes on) or +inf, or where all are -inf."""
+    return logits.amax(dim=-1).isfinite()

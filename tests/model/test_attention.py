@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.attention.deterministic import DeterministicAttention
 from model.attention.gathered import GatheredAttention
 from model.attention.plan import AttentionPlan
 from model.attention.reference import ReferenceAttention
@@ -79,7 +80,7 @@ class Scene:
 lengths = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 7)), min_size=1, max_size=6)
 
 
-@pytest.mark.parametrize("backend", [ReferenceAttention, GatheredAttention])
+@pytest.mark.parametrize("backend", [ReferenceAttention, GatheredAttention, DeterministicAttention])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (4, 1)])
 @settings(max_examples=25, deadline=None)
 @given(lengths=lengths, seed=st.integers(0, 2**16))

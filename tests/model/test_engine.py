@@ -155,7 +155,7 @@ def test_a_completion_ends_at_an_end_of_sequence_token(tmp_path):
 
 def test_a_step_that_fails_ends_its_requests_and_spares_the_next(engine, monkeypatch):
     engine.add(Request("a", prompt(5), GREEDY))
-    monkeypatch.setattr(engine.runner, "run", lambda batch: 1 / 0)
+    monkeypatch.setattr(engine.runner, "forward", lambda batch: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.step()
     assert [(output.request_id, output.finish_reason) for output in engine.fail_step()] == [("a", "error")]

@@ -80,7 +80,7 @@ def test_bad_input_is_refused_in_the_thread_of_the_caller(running):
 def test_one_failed_step_ends_its_requests_and_the_loop_goes_on(running, monkeypatch):
     loop, listener = running
     with monkeypatch.context() as patch:
-        patch.setattr(loop.engine.runner, "run", lambda batch: 1 / 0)
+        patch.setattr(loop.engine.runner, "forward", lambda batch: 1 / 0)
         loop.submit(Request("a", [5], ENDLESS))
         assert listener.next_for("a").finish_reason == "error"
     loop.submit(Request("b", [5], SamplingParams(max_tokens=3, ignore_eos=True)))
@@ -90,7 +90,7 @@ def test_one_failed_step_ends_its_requests_and_the_loop_goes_on(running, monkeyp
 
 def test_steps_that_keep_failing_end_the_loop_and_say_why(tiny_llama, monkeypatch):
     engine = Engine.from_checkpoint(tiny_llama[0], EngineConfig(max_num_seqs=1))
-    monkeypatch.setattr(engine.runner, "run", lambda batch: 1 / 0)
+    monkeypatch.setattr(engine.runner, "forward", lambda batch: 1 / 0)
     listener = Listener()
     loop = EngineLoop(engine, listener)
     for i in range(MAX_FAILED_STEPS + 1):
