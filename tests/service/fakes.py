@@ -35,7 +35,7 @@ class FakeChannel:
 
 
 class FakeFleet:
-    """Stands for a `DeploymentHandle`. A pinned call to a dead replica raises; an unpinned one takes the least loaded."""
+    """Stands for a `DeploymentHandle`. A pinned call to a dead replica raises; another goes to the least loaded."""
 
     def __init__(self, *names: str) -> None:
         self.replicas = {name: FakeReplica(name) for name in names}

@@ -1,0 +1,99 @@
+"""The console command: what it prints, how it refuses, and that nothing outlives it."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.service.conftest import start, stop, write_model
+
+
+def attendant(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "service", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def refusal(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a command that was refused."""
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+@pytest.mark.slow
+def test_generate_prints_one_object_with_what_came_out(tiny_model: Path) -> None:
+    arguments = [
+        "generate",
+        "Once upon",
+        "--model",
+        str(tiny_model),
+        "--max-tokens",
+        "6",
+        "--seed",
+        "1",
+        "--ignore-eos",
+    ]
+    result = json.loads(attendant(*arguments, "--json").stdout)
+    assert set(result) == {"token_ids", "text", "finish_reason", "usage"}
+    assert len(result["token_ids"]) == result["usage"]["completion_tokens"] == 6
+    assert result["finish_reason"] == "length"
+    assert attendant(*arguments).stdout == f"Once upon{result['text']}\n"
+
+
+@pytest.mark.slow
+def test_generate_takes_token_ids_where_there_is_no_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    result = attendant(
+        "generate", "--token-ids", "1,2,3", "--model", str(tmp_path / "bare"), "--max-tokens", "3", "--json"
+    )
+    assert json.loads(result.stdout)["text"] is None
+    assert json.loads(result.stdout)["usage"]["prompt_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate"], "PROMPT or --token-ids"),
+        (["generate", "--token-ids", "1,x"], "numbers"),
+        (["generate", "hello", "--model", "/no/such/place"], "/no/such/place: no such model directory"),
+        (["serve", "--model", "/no/such/place"], "/no/such/place: no such model directory"),
+    ],
+    ids=["no prompt", "bad ids", "no model to run", "no model to serve"],
+)
+def test_a_wrong_command_is_refused_in_one_line(arguments: list[str], words: str) -> None:
+    assert words in refusal(attendant(*arguments))
+
+
+def test_a_port_in_use_is_named(tiny_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"port {port}" in refusal(attendant("serve", "--model", str(tiny_model), "--port", port))
+
+
+@pytest.mark.slow
+def test_a_broken_checkpoint_stops_the_start_and_names_the_file(tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "broken")
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "model.safetensors" in refusal(attendant("serve", "--model", str(directory), "--port", "8999"))
+
+
+@pytest.mark.slow
+def test_the_service_runs_on_serves_own_proxy_and_leaves_nothing_behind(tiny_model: Path) -> None:
+    running = start(tiny_model, "--data-plane", "default", "--kv-cache-tokens", "2048")
+    assert f"curl -N {running.url}/v1/completions" in running.banner
+    body = {"prompt": "x", "max_tokens": 4, "ignore_eos": True, "stream": True}
+    answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=30)
+    assert answer.text.endswith("data: [DONE]\n\n")
+    assert stop(running) == 0
+
+
+def test_the_help_names_every_command() -> None:
+    text = attendant("--help").stdout
+    assert all(command in text for command in ("serve", "generate", "train", "evaluate", "version"))
