@@ -11,6 +11,7 @@ from model.engine.stats import StepStats
 
 logger = logging.getLogger(__name__)
 
+IDLE_SECONDS = 1.0  # without work: time to look at the books
 MAX_FAILED_STEPS = 3  # in a row: then it is the engine that is broken, not a request
 
 Deliver = Callable[[list[TokenOutput], StepStats], None]
@@ -85,9 +86,17 @@ class EngineLoop:
     def _drain_inbox(self) -> None:
         """Carry out what has come in; with nothing to compute, wait for something to come in."""
         if not self.engine.has_work:
-            self._inbox.get()()
+            self._wait_for_a_command()()
         while True:
             try:
                 self._inbox.get_nowait()()
             except queue.Empty:
                 return
+
+    def _wait_for_a_command(self) -> Callable[[], object]:
+        """Sleep until something comes in. Idle for a second, check that no block was lost, or else end the loop."""
+        try:
+            return self._inbox.get(timeout=IDLE_SECONDS)
+        except queue.Empty:
+            self.engine.check_integrity()
+            return self._inbox.get()

@@ -17,8 +17,7 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     target = uniforms[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return drawn.clamp(max=logits.shape[-1] - 1)  # a row of NaN finds no place; the sampler reports it
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
 
 
 def truncate(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -79,17 +79,18 @@ class Sampler:
         index = np.asarray(rows)
         at = np.asarray(positions)
         wanted = self._rows[index]
-        usable = _largest_is_finite(logits)
         adjusted = self._adjust(logits, index, at, wanted)
-        token_ids = self._choose(adjusted, at, wanted)
-        usable &= _largest_is_finite(adjusted)
-        self._observe(token_ids, wanted)
-        logprobs = self._logprobs(logits, token_ids, wanted)
-        ids: list[int | None] = token_ids.tolist()
-        if not usable.all():
-            for bad in (~usable).nonzero().flatten().tolist():
-                ids[bad] = None
-        return Sampled(ids, logprobs)
+        # A row's largest logit is finite unless one is NaN (which `amax` passes on) or +inf, or all are -inf.
+        usable = adjusted.amax(dim=-1).isfinite()
+        spoiled = (~usable).nonzero().flatten().tolist()
+        if spoiled:
+            adjusted = torch.where(usable[:, None], adjusted, 0.0)
+        chosen = self._choose(adjusted, at, wanted)
+        self._observe(chosen, wanted)
+        token_ids: list[int | None] = chosen.tolist()
+        for row in spoiled:
+            token_ids[row] = None
+        return Sampled(token_ids, self._logprobs(logits, chosen, wanted))
 
     def _adjust(
         self, logits: Tensor, index: NDArray[np.int64], at: NDArray[np.int64], wanted: NDArray[np.void]
@@ -153,8 +154,3 @@ class Sampler:
         self._rows = np.concatenate([self._rows, np.zeros(new, dtype=_ROW)])
         self._params += [SamplingParams(max_tokens=1)] * new
         self._free += range(old + new - 1, old - 1, -1)
-
-
-def _largest_is_finite(logits: Tensor) -> Tensor:
-    """[rows]: False where a logit is NaN (which `amax` passes on) or +inf, or where all are -inf."""
-    return logits.amax(dim=-1).isfinite()

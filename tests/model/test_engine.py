@@ -164,6 +164,56 @@ def test_a_step_that_fails_ends_its_requests_and_spares_the_next(engine, monkeyp
     engine.check_integrity()
 
 
+def test_logits_that_are_no_numbers_end_their_request_and_spare_the_batch(engine, monkeypatch):
+    alone = run(engine, [Request("b", prompt(9, seed=1), seeded(1))])["b"]
+    for name, ids in (("a", prompt(9)), ("b", prompt(9, seed=1))):
+        engine.add(Request(name, ids, seeded(1)))
+    tokens = engine.step()[1].token_ids
+    logits = engine.runner.decoder.logits
+
+    def spoiled(hidden: torch.Tensor) -> torch.Tensor:
+        out = logits(hidden)
+        out[0, 7] = torch.nan
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner.decoder, "logits", spoiled)
+        outputs = engine.step()
+    assert [(o.request_id, o.finish_reason) for o in outputs] == [("a", "error"), ("b", None)]
+    tokens += outputs[1].token_ids
+    while engine.has_work:
+        tokens += engine.step()[0].token_ids
+    assert tokens == alone
+    engine.check_integrity()
+
+
+def test_a_deadline_ends_a_request_within_a_step(engine, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("model.engine.engine.time.monotonic", lambda: clock[0])
+    engine.add(Request("a", prompt(5), GREEDY, deadline=101.0))
+    assert engine.step()[0].finish_reason is None
+    clock[0] = 101.5
+    outputs = engine.step()
+    assert [(o.request_id, o.token_ids, o.finish_reason) for o in outputs] == [("a", [], "deadline")]
+    assert engine.stats.num_running == 0
+    assert engine.stats.kv_cache_usage == 0.0
+
+
+def test_64_requests_on_a_quarter_of_their_memory_say_what_they_say_with_room(tiny_llama):
+    make = lambda: [  # noqa: E731
+        Request(str(i), prompt(8 + i % 9, seed=i), seeded(i, max_tokens=40 + i % 11)) for i in range(64)
+    ]
+    config = {"block_size": 8, "deterministic": True, "max_num_seqs": 64, "max_num_batched_tokens": 128}
+    roomy = Engine.from_checkpoint(tiny_llama[0], EngineConfig(**config))
+    demand = sum(-(-(r.num_tokens + r.params.max_tokens) // 8) * 8 for r in make())
+    expected = run(roomy, make())
+    assert roomy.stats.num_preemptions == 0
+    tight = Engine.from_checkpoint(tiny_llama[0], EngineConfig(**config, kv_cache_tokens=demand // 4))
+    assert run(tight, make()) == expected
+    assert tight.stats.num_preemptions >= 50
+    assert tight.scheduler.blocks.num_free == tight.scheduler.blocks.num_blocks
+
+
 @pytest.mark.parametrize(
     ("ids", "max_tokens", "param", "words"),
     [

@@ -88,6 +88,16 @@ def test_one_failed_step_ends_its_requests_and_the_loop_goes_on(running, monkeyp
     assert loop.failure is None
 
 
+def test_an_idle_loop_finds_a_lost_block_and_ends(running, monkeypatch):
+    loop, listener = running
+    loop.submit(Request("a", [5], SamplingParams(max_tokens=2, ignore_eos=True)))
+    listener.tokens("a")
+    loop.engine.scheduler.blocks.allocate(1)  # on nobody's table
+    loop._thread.join(timeout=10)
+    assert not loop.is_alive
+    assert "reference counts disagree" in str(loop.failure)
+
+
 def test_steps_that_keep_failing_end_the_loop_and_say_why(tiny_llama, monkeypatch):
     engine = Engine.from_checkpoint(tiny_llama[0], EngineConfig(max_num_seqs=1))
     monkeypatch.setattr(engine.runner, "forward", lambda batch: 1 / 0)

@@ -179,9 +179,10 @@ def test_logprobs_are_of_the_model_before_any_parameter():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_no_numbers_spoil_their_own_row_alone(bad):
     logits = torch.randn(3, VOCABULARY)
-    expected = sample(logits, [params(seed=1)] * 3, [3, 3, 3]).token_ids
+    rows = [params(seed=1, logprobs=1, top_k=4, top_p=0.9, min_p=0.01)] * 3
+    expected = sample(logits, rows, [3, 3, 3]).token_ids
     logits[1, 4] = bad
-    sampled = sample(logits, [params(seed=1, logprobs=1)] * 3, [3, 3, 3]).token_ids
+    sampled = sample(logits, rows, [3, 3, 3]).token_ids
     assert sampled == [expected[0], None, expected[2]]
 
 
