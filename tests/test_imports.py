@@ -23,6 +23,7 @@ ORDER = (
     "model.sampling",
     "model.text",
     "model.engine",
+    "model.bench",
     "model.training",
     "service",
 )

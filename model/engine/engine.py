@@ -105,9 +105,9 @@ class Engine:
             return expired
         batch = stage(step, self.config.block_size, self.device)
         staged = clock.lap()
-        hidden = self.runner.forward(batch)
+        forwarded = self.runner.forward(batch)
         forward = clock.lap()
-        sampled = self.runner.sample(batch, step, hidden)
+        sampled = self.runner.sample(batch, step, forwarded)
         sample = clock.lap()
         outputs = self.scheduler.commit(step, sampled)
         phases = StepPhases(schedule, staged, forward, sample, clock.lap())

@@ -1,6 +1,7 @@
 """Computes a step: forward pass, then sampling. Never schedules."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ from model.engine.scheduler import ScheduledStep
 from model.sampling.logprobs import token_logprobs
 from model.sampling.result import NOTHING, Sampled
 from model.sampling.sampler import Sampler
+
+
+class Forwarded(NamedTuple):
+    """hidden: final states of the step's tokens, [num_tokens, hidden_size]; logits: [num_samples, vocab_size]."""
+
+    hidden: Tensor
+    logits: Tensor
 
 
 class Runner:
@@ -34,21 +42,20 @@ class Runner:
                 request.sampler_row = None
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
-        """Final hidden states of the step's tokens, [num_tokens, hidden_size]."""
-        hidden: Tensor = self.decoder(batch.token_ids, batch.positions, self._attention(batch.plan, self.pool))
-        return hidden
+    def forward(self, batch: Batch) -> Forwarded:
+        """Run the decoder over the step's tokens."""
+        hidden = self.decoder(batch.token_ids, batch.positions, self._attention(batch.plan, self.pool))
+        # The head is the widest product of all: only rows that sample go through it.
+        return Forwarded(hidden, self.decoder.logits(hidden[batch.sample_rows]))
 
     @torch.inference_mode()
-    def sample(self, batch: Batch, step: ScheduledStep, hidden: Tensor) -> Sampled:
+    def sample(self, batch: Batch, step: ScheduledStep, forwarded: Forwarded) -> Sampled:
         """The next tokens of each request that samples, and the log-probabilities of prompts that are asked for."""
-        self._score_prompts(step, hidden)
+        self._score_prompts(step, forwarded.hidden)
         if not batch.sampling:
             return NOTHING
-        # The head is the widest product of all: only rows that sample go through it.
-        logits = self.decoder.logits(hidden[batch.sample_rows])
         rows = [self._sampler_row(request) for request in batch.sampling]
-        return self.sampler.sample(logits, rows, batch.sample_positions)
+        return self.sampler.sample(forwarded.logits, rows, batch.sample_positions)
 
     def _sampler_row(self, request: Request) -> int:
         if request.sampler_row is None:
