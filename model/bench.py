@@ -100,7 +100,7 @@ def main() -> None:
     for batch in args.batch:
         row = measure_steps(engine, batch, args.context, args.steps, params)
         row["detokenize"] = measure_detokenize(batch, args.steps)
-        row["overhead"] = 1.0 - row["forward"] / row["step"]
+        row["overhead"] = 1.0 - row["forward"] / sum(row[phase] for phase in StepPhases._fields)
         rows.append({"batch": batch} | row)
         print_row(batch, *(f"{row[name]:.0f}" for name in COLUMNS), f"{row['overhead']:.1%}")
     if args.json:

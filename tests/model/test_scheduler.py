@@ -9,7 +9,7 @@ from model.config import EngineConfig
 from model.engine.request import Request
 from model.engine.scheduler import Scheduler
 from model.sampling.params import SamplingParams
-from model.sampling.result import Sampled
+from model.sampling.result import Sampled, TokenLogprobs
 
 pytestmark = pytest.mark.fast
 
@@ -289,6 +289,35 @@ def test_a_row_without_a_token_ends_its_request_alone():
     assert [(o.request_id, o.token_ids, o.finish_reason) for o in outputs] == [("a", [], "error"), ("b", [7], None)]
     assert [r.request_id for r in scheduler.running] == ["b"]
     scheduler.check_integrity()
+
+
+def test_a_step_that_failed_ends_its_requests_and_frees_their_blocks():
+    scheduler = make()
+    scheduler.add(request("a", 5))
+    scheduled = scheduler.schedule()
+    scheduler.add(request("b", 5))
+    assert [(o.request_id, o.finish_reason) for o in scheduler.fail(scheduled)] == [("a", "error")]
+    assert scheduler.blocks.num_free == 64
+    assert [name for name, *_ in step(scheduler)] == ["b"]
+
+
+def test_logprobs_go_to_those_who_asked():
+    scheduler = make()
+    scheduler.add(Request("asked", [5], SamplingParams(max_tokens=3, logprobs=0)))
+    scheduler.add(request("silent", 5, first=50))
+    item = TokenLogprobs(-0.5, [])
+    outputs = scheduler.commit(scheduler.schedule(), Sampled([7, 8], [item, None]))
+    assert [(o.request_id, o.logprobs) for o in outputs] == [("asked", [item]), ("silent", None)]
+
+
+def test_the_runner_hears_of_every_request_that_stops_running():
+    scheduler = make()
+    for name in ("ends", "aborted", "runs"):
+        scheduler.add(request(name, 5, max_tokens=1 if name == "ends" else 9))
+    step(scheduler)
+    scheduler.abort("aborted")
+    assert {departed.request_id for departed in scheduler.take_departed()} == {"ends", "aborted"}
+    assert scheduler.take_departed() == []
 
 
 def test_a_stop_token_ends_the_request_even_when_the_end_of_sequence_is_ignored():
