@@ -1,7 +1,10 @@
-"""Where the time of a step goes: `python -m model.bench steps`. Random weights, so it needs no checkpoint.
+"""Measures the engine alone, on random weights, so it needs no checkpoint.
 
-For each batch size, requests of `--context` tokens decode together; medians over `--steps` steps, in microseconds.
+`python -m model.bench steps`: where the time of a step goes. For each batch size, requests of `--context` tokens decode together; medians over `--steps` steps, in microseconds.
 Detokenizing is the ingress' work, off the engine's thread; it is shown because every token pays it.
+
+`python -m model.bench prefix`: time to the first token of a prompt of `--context` tokens, first and repeated with
+another last token; medians over `--steps` prompts.
 """
 
 import argparse
@@ -81,8 +84,22 @@ def measure_detokenize(batch: int, steps: int) -> float:
     return 1e6 * statistics.median(seen)
 
 
+def measure_prefix(engine: Engine, context: int, prompts: int) -> dict[str, float]:
+    """Median milliseconds to the first token of a fresh prompt, and of one that differs in its last token only."""
+    rng = torch.Generator().manual_seed(0)
+    seen: dict[str, list[float]] = {"fresh": [], "repeated": []}
+    for index in range(prompts):
+        shared = torch.randint(engine.model_config.vocab_size, (context - 1,), generator=rng).tolist()
+        for last, name in enumerate(seen):
+            request = Request(f"{name}-{index}", [*shared, last], SamplingParams(max_tokens=1, temperature=0.0))
+            started = time.perf_counter()
+            for _ in engine.generate(request):
+                seen[name].append(time.perf_counter() - started)
+    return {name: 1e3 * statistics.median(seconds) for name, seconds in seen.items()}
+
+
 def main() -> None:
-    """Print a table of the phases of a step by batch size, and write it as JSON where asked."""
+    """Print what was measured, and write it as JSON where asked."""
     args = parse_arguments()
     config = EngineConfig(
         dtype=args.dtype,
@@ -91,9 +108,26 @@ def main() -> None:
         max_model_len=args.context + args.steps + 16,
         num_threads=args.threads,
         deterministic=args.deterministic,
-        prefix_cache=False,
+        prefix_cache=args.what == "prefix",
     )
     engine = random_engine(SHAPES[args.shape], config)
+    rows = run_steps(engine, args) if args.what == "steps" else run_prefix(engine, args)
+    if args.json:
+        machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+        args.json.write_text(json.dumps({"config": asdict(config), "machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+def run_prefix(engine: Engine, args: argparse.Namespace) -> list[dict[str, float]]:
+    """The table of `prefix`."""
+    row = measure_prefix(engine, args.context, args.steps)
+    row["ratio"] = row["fresh"] / row["repeated"]
+    print_row("tokens", "fresh ms", "again ms", "ratio")
+    print_row(args.context, f"{row['fresh']:.1f}", f"{row['repeated']:.1f}", f"{row['ratio']:.1f}")
+    return [row]
+
+
+def run_steps(engine: Engine, args: argparse.Namespace) -> list[dict[str, float]]:
+    """The table of `steps`."""
     params = SamplingParams(max_tokens=args.steps + 8, temperature=args.temperature, top_p=args.top_p, ignore_eos=True)
     rows = []
     print_row("batch", *COLUMNS, "overhead")
@@ -103,9 +137,7 @@ def main() -> None:
         row["overhead"] = 1.0 - row["forward"] / sum(row[phase] for phase in StepPhases._fields)
         rows.append({"batch": batch} | row)
         print_row(batch, *(f"{row[name]:.0f}" for name in COLUMNS), f"{row['overhead']:.1%}")
-    if args.json:
-        machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
-        args.json.write_text(json.dumps({"config": asdict(config), "machine": machine, "rows": rows}, indent=2) + "\n")
+    return rows
 
 
 COLUMNS = (*StepPhases._fields, "step", "detokenize")
@@ -119,7 +151,7 @@ def print_row(*cells: object) -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m model.bench", description=__doc__)
-    parser.add_argument("what", choices=["steps"])
+    parser.add_argument("what", choices=["steps", "prefix"])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="smollm2-135m")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "int8"], default="bf16")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128])

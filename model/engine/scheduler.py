@@ -159,7 +159,9 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Assert that every block is either free or on the table of a running request."""
-        assert all(not request.block_table for request in self.waiting.values()), "a waiting request holds blocks"
+        for request in self.waiting.values():
+            assert not request.block_table, "a waiting request holds blocks"
+            assert request.num_computed_tokens == 0, "a waiting request counts on a cache that it has given back"
         assert self.running == sorted(self.running, key=lambda request: request.rank), "running is out of order"
         self.blocks.check(request.block_table for request in self.running)
 

@@ -263,6 +263,7 @@ def test_a_request_that_ends_within_its_guesses_gives_nothing_behind_its_end():
     outputs = scheduler.commit(scheduled, Sampled([EOS, 9, 3, 5]))
     assert (outputs[0].token_ids, outputs[0].finish_reason) == ([EOS], "stop")
     assert scheduler.blocks.num_free == 64
+    assert len(scheduler.prefix._block_by_hash) == 2  # eleven tokens fill two blocks of four
 
 
 def test_guessing_stops_where_it_is_wrong_and_in_a_large_batch():
