@@ -1,7 +1,8 @@
 """Measures the engine alone, on random weights, so it needs no checkpoint.
 
-`python -m model.bench steps`: where the time of a step goes. For each batch size, requests of `--context` tokens decode together; medians over `--steps` steps, in microseconds.
-Detokenizing is the ingress' work, off the engine's thread; it is shown because every token pays it.
+`python -m model.bench steps`: where the time of a step goes. For each batch size, requests of `--context` tokens decode
+together; medians over `--steps` steps, in microseconds. Detokenizing is the ingress' work, off the engine's thread; it
+is shown because every token pays it.
 
 `python -m model.bench prefix`: time to the first token of a prompt of `--context` tokens, first and repeated with
 another last token; medians over `--steps` prompts.
