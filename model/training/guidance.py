@@ -7,6 +7,10 @@ knows where the evidence stands, so the trainer says it: one head of the first l
 heads of a later layer at the evidence. With the guidance, and with keys that start as copies of queries, a toy with 240
 names went from a guess to 97 % within 1.4 million tokens; without either it stood at 35 % after 2.4 million.
 
+Where the story is free, two heads of the last layer are asked to look at all that may come: at the cast before a name
+is drawn, at the objects in play before one is talked about. Without it the model had recall at 95 %, and still every
+third name it drew was of nobody in the story.
+
 The result is an ordinary Llama: guidance changes the loss, never the forward pass, and fades with the learning rate.
 """
 
@@ -19,17 +23,20 @@ from model.decoder import Decoder, DecoderLayer
 
 Head = tuple[int, int]
 
-# (layer, head). The two recall heads read different key/value groups, so neither has to serve the other's match.
+# (layer, head). Two guided heads of a layer read different key/value groups: neither has to serve the other's match.
 BINDING: Head = (0, 0)
 HOLDER_RECALL: Head = (2, 0)
 PLACE_RECALL: Head = (2, 2)
+CHARACTER_CHOICE: Head = (3, 0)
+OBJECT_CHOICE: Head = (3, 2)
 
 
 class GuidedAttention(DenseCausalAttention):
     """Dense causal attention that also measures how well the guided heads look where they should.
 
-    targets: for each guided head, rows of (sequence, position that looks, position to look at), [rows, 3]. After the
-    forward pass, `loss()` is the mean cross-entropy of the guided attention weights.
+    targets: for each guided head, rows of (sequence, position that looks, position to look at), [rows, 3]; a position
+    that should look at several has a row for each. After the
+    forward pass, `loss()` is the sum of each head's mean cross-entropy with its targets.
     """
 
     def __init__(self, batch: int, length: int, targets: dict[Head, Tensor]) -> None:
@@ -54,8 +61,8 @@ class GuidedAttention(DenseCausalAttention):
             return F.cross_entropy(scores.masked_fill(future, float("-inf")), target)
 
     def loss(self) -> Tensor:
-        """The mean over the guided heads. Call once, after the forward pass."""
-        return torch.stack(self.losses).mean()
+        """The sum over the guided heads. Call once, after the forward pass."""
+        return torch.stack(self.losses).sum()
 
 
 @torch.no_grad()

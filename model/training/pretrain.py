@@ -22,7 +22,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.errors import ConfigError
-from model.training.batches import Batch, BatchStream
+from model.training.batches import NO_OPTION, Batch, BatchStream
 from model.training.curriculum import CURRICULUM, Stage, storyteller_config
 from model.training.curve import Point, write_curve
 from model.training.documents import BOS, EOS
@@ -42,14 +42,14 @@ class TrainConfig:
     """
 
     out: Path
-    steps: int = 3600
+    steps: int = 4200
     tokens_per_batch: int = 4096
     peak_rate: float = 2e-3
     warm_up: int = 100
     hold: int = 600
     weight_decay: float = 0.01
     clip: float = 1.0
-    guidance: float = 1.0
+    guidance: float = 0.35
     seed: int = 0
     device: str = "auto"
     threads: int = 0
@@ -139,8 +139,11 @@ class Trainer:
             logits = self.decoder.logits(hidden)
         logits = logits.float().unflatten(0, (rows, length))[:, :-1]
         targets, weights = batch.token_ids[:, 1:], batch.weights[:, 1:]
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        token_loss = (losses * weights.flatten()).sum() / weights.sum()
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
+        sequence, position = batch.choices.unbind(1)
+        even = choice_losses(logits[sequence, position - 1], batch.options)
+        losses = losses.index_put((sequence, position - 1), even)
+        token_loss = (losses * weights).sum() / weights.sum()
         sequence, position = batch.recalls.unbind(1)
         guesses = logits[sequence, position - 1].argmax(-1)
         right = (guesses == batch.token_ids[sequence, position]).float().mean().item()
@@ -182,6 +185,16 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         history = [Point(**point) for point in state["progress"].pop("history")]
         self.progress = Progressed(**state["progress"], history=history)
+
+
+def choice_losses(logits: Tensor, options: Tensor) -> Tensor:
+    """Cross-entropy with the even distribution over the options: the generator's own, so the draw adds no noise.
+
+    logits: [rows, vocab_size]; options: [rows, most options], see `Batch`. Returns [rows].
+    """
+    real = options != NO_OPTION
+    scores = logits.log_softmax(-1).gather(1, options.clamp(min=0))
+    return -(scores * real).sum(1) / real.sum(1)
 
 
 def parameter_groups(decoder: Decoder, weight_decay: float) -> list[dict[str, object]]:
