@@ -3,6 +3,7 @@
 serve run service.app:build model=model/checkpoints/storyteller replicas=2
 """
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -42,9 +43,10 @@ def build(args: AppArgs) -> serve.Application:
     """Ingress and engines, bound together."""
     directory = str(Path(args.model).resolve())
     name = args.model_name or Path(directory).name
-    engine_options = args.model_dump(
-        include={"dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_tokens", "num_threads"}
-    )
+    engine_options = args.model_dump(include={"dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_tokens"})
+    # Half of the cores compute; HTTP, text and Ray have the others. With both of 2 cores the embedded model gave a
+    # third fewer tokens (docs/benchmarks.md).
+    engine_options["num_threads"] = args.num_threads or max(1, (os.cpu_count() or 2) // (2 * args.replicas))
     engines = serve.deployment(
         name="Engine",
         num_replicas=args.replicas,
