@@ -45,9 +45,9 @@ class Stop(BaseException):
 
 
 def run(args: "AppArgs", address: Address, data_plane: DataPlane) -> None:
-    """Serve until SIGINT or SIGTERM. Raises `StartError` or `CheckpointError` when it cannot start."""
+    """Serve until SIGINT or SIGTERM. Raises `StartError` when it cannot start."""
     check_port(address)
-    preflight = Preflight(Path(args.model))  # beside Ray's start, which takes longer
+    preflight = Preflight(Path(args.model), args.engine_options)  # beside Ray's start, which takes longer
     _heed_signals()
     # Stop ends it all: while it starts at once, while it serves in order, and a second one at once again.
     with suppress(Stop), tempfile.TemporaryDirectory(prefix="attendant-") as scratch, _ray(data_plane, Path(scratch)):
@@ -111,7 +111,15 @@ def _deploy(args: "AppArgs", address: Address) -> None:
         serve.start(http_options={"host": address.host, "port": address.port}, logging_config={"log_level": "WARNING"})
         serve.run(build(args), name=APP_NAME, logging_config={"log_level": "WARNING"})
     except Exception as error:
-        raise StartError(f"the service did not start: {_cause(str(error))}") from None
+        raise StartError(f"the service did not start: {_cause(_deployment_messages() or str(error))}") from None
+
+
+def _deployment_messages() -> str:
+    """What Serve keeps of why a replica did not start; its exception only says that one did not."""
+    from ray import serve
+
+    application = serve.status().applications.get(APP_NAME)
+    return "\n".join(deployment.message for deployment in application.deployments.values()) if application else ""
 
 
 def _shut_down() -> None:
