@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from model.training.documents import ASSISTANT, EOS, USER, Author, Document, Form
-from model.training.guidance import BINDING, CHARACTER_CHOICE, HOLDER_RECALL, OBJECT_CHOICE, PLACE_RECALL, Head
+from model.training.guidance import BINDING, CHOICE, HOLDER_RECALL, NOWHERE, PLACE_RECALL, Head
 from model.training.world import NAMES, OBJECTS, PLACES
 
 # What a token is worth in the loss. A user's words are not the model's to predict, and a drill teaches only recall;
@@ -82,9 +81,10 @@ class Collator:
         weights = torch.zeros(len(documents), length)
         recalls: list[tuple[int, int]] = []
         choices: list[tuple[int, int]] = []
-        options: list[Tensor] = []
-        heads = (BINDING, HOLDER_RECALL, PLACE_RECALL, CHARACTER_CHOICE, OBJECT_CHOICE)
-        targets: dict[Head, list[tuple[int, int, int]]] = {head: [] for head in heads}
+        options: list[list[int]] = []
+        targets: dict[Head, list[tuple[int, ...]]] = {
+            head: [] for head in (BINDING, HOLDER_RECALL, PLACE_RECALL, *CHOICE)
+        }
         for row, (document, encoding) in enumerate(zip(documents, encodings, strict=True)):
             ids = encoding.ids
             token_ids[row, : len(ids)] = torch.tensor(ids)
@@ -96,18 +96,18 @@ class Collator:
                 weights[row, answer] = RECALL_WEIGHT
             for choice in document.story.choices:
                 drawn = token_at(encoding, choice.at)
-                head = CHARACTER_CHOICE if choice.of == "character" else OBJECT_CHOICE
-                targets[head] += [(row, drawn - 1, token_at(encoding, source)) for source in choice.sources]
+                for head in CHOICE:
+                    targets[head].append((row, drawn - 1, *(token_at(encoding, s) for s in choice.sources)))
                 choices.append((row, drawn))
-                options.append(torch.tensor([self.words[word] for word in choice.options]))
+                options.append([self.words[word] for word in choice.options])
                 weights[row, drawn] = CHOICE_WEIGHT
         return Batch(
             token_ids,
             weights,
             torch.tensor(recalls).reshape(-1, 2),
             torch.tensor(choices).reshape(-1, 2),
-            pad_sequence(options, batch_first=True, padding_value=NO_OPTION) if options else torch.empty(0, 0).long(),
-            {head: torch.tensor(rows).reshape(-1, 3) for head, rows in targets.items()},
+            padded(options, NO_OPTION),
+            {head: padded(rows, NOWHERE) for head, rows in targets.items()},
             sum(len(encoding.ids) for encoding in encodings),
         )
 
@@ -129,6 +129,12 @@ class Collator:
             elif token_id in self.bound:
                 pairs.append((position, binder))
         return pairs
+
+
+def padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+    """Rows of different lengths as one tensor, [rows, longest]."""
+    width = max(map(len, rows), default=0)
+    return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], dtype=torch.long).view(-1, width)
 
 
 def lookups(document: Document, encoding: Encoding) -> list[tuple[Head, int, int]]:

@@ -31,6 +31,7 @@ from model.training.guidance import GuidedAttention, favour_matching
 from model.training.vocabulary import train_tokenizer
 
 STATE = "state.pt"
+EVENNESS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class TrainConfig:
     """
 
     out: Path
-    steps: int = 3800
+    steps: int = 3400
     tokens_per_batch: int = 4096
     peak_rate: float = 2e-3
     warm_up: int = 100
@@ -141,8 +142,8 @@ class Trainer:
         targets, weights = batch.token_ids[:, 1:], batch.weights[:, 1:]
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
         sequence, position = batch.choices.unbind(1)
-        even = choice_losses(logits[sequence, position - 1], batch.options)
-        losses = losses.index_put((sequence, position - 1), even)
+        choices = choice_losses(logits[sequence, position - 1], batch.options)
+        losses = losses.index_put((sequence, position - 1), choices)
         token_loss = (losses * weights).sum() / weights.sum()
         sequence, position = batch.recalls.unbind(1)
         guesses = logits[sequence, position - 1].argmax(-1)
@@ -188,13 +189,18 @@ class Trainer:
 
 
 def choice_losses(logits: Tensor, options: Tensor) -> Tensor:
-    """Cross-entropy with the even distribution over the options: the generator's own, so the draw adds no noise.
+    """-log of the probability of any of the options, and a little of the cross-entropy with their even distribution.
+
+    Which one the generator drew is chance, and learning it is noise; an even choice alone is too much to ask, because
+    it keeps every logit low. What matters is that nothing else comes.
 
     logits: [rows, vocab_size]; options: [rows, most options], see `Batch`. Returns [rows].
     """
     real = options != NO_OPTION
     scores = logits.log_softmax(-1).gather(1, options.clamp(min=0))
-    return -(scores * real).sum(1) / real.sum(1)
+    any_of_them = scores.masked_fill(~real, float("-inf")).logsumexp(1)
+    even = (scores * real).sum(1) / real.sum(1)
+    return -any_of_them - EVENNESS * even
 
 
 def parameter_groups(decoder: Decoder, weight_decay: float) -> list[dict[str, object]]:

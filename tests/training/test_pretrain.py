@@ -1,5 +1,6 @@
 """The trainer on a model of a few thousand weights: it learns, it resumes to the bit, and it only guides."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +17,14 @@ from model.training.curriculum import Stage
 from model.training.documents import Author
 from model.training.guidance import (
     BINDING,
-    CHARACTER_CHOICE,
+    CHOICE,
     HOLDER_RECALL,
-    OBJECT_CHOICE,
+    NOWHERE,
     PLACE_RECALL,
     GuidedAttention,
     favour_matching,
 )
-from model.training.pretrain import TrainConfig, Trainer, choice_losses, main
+from model.training.pretrain import EVENNESS, TrainConfig, Trainer, choice_losses, main
 
 TINY = ModelConfig(
     vocab_size=2048,
@@ -124,20 +125,29 @@ def test_targets_point_from_the_word_before_an_answer_to_its_evidence(vocabulary
 def test_a_choice_has_all_its_options_and_looks_where_the_text_has_them(vocabulary: Tokenizer) -> None:
     documents = [Author(seed).write("plain") for seed in range(8)]
     batch = Collator(vocabulary).collate(documents)
-    looks = torch.cat([batch.targets[CHARACTER_CHOICE], batch.targets[OBJECT_CHOICE]]).tolist()
+    looks = {(row, at): to for row, at, *to in batch.targets[CHOICE[0]].tolist()}
     assert len(batch.choices) > 100
     for (row, position), options in zip(batch.choices.tolist(), batch.options.tolist(), strict=True):
         real = {option for option in options if option != NO_OPTION}
         assert batch.token_ids[row, position].item() in real
-        assert {batch.token_ids[row, to].item() for r, at, to in looks if (r, at) == (row, position - 1)} == real
+        assert {batch.token_ids[row, to].item() for to in looks[row, position - 1] if to != NOWHERE} == real
 
 
-def test_a_choice_costs_least_when_its_options_are_even() -> None:
+def test_a_choice_costs_little_when_nothing_else_can_come() -> None:
     options = torch.tensor([[2, 3, NO_OPTION]])
-    even = torch.tensor([[-30.0, -30.0, 5.0, 5.0]])
-    torch.testing.assert_close(choice_losses(even, options), torch.tensor([2.0]).log())
-    assert choice_losses(torch.tensor([[-30.0, -30.0, 9.0, 5.0]]), options) > 1.0
-    assert choice_losses(torch.tensor([[5.0, -30.0, 5.0, 5.0]]), options) > 1.0
+    even, biased, stray = (
+        choice_losses(torch.tensor([row]), options).item()
+        for row in ([-30.0, -30.0, 5.0, 5.0], [-30.0, -30.0, 7.0, 5.0], [5.0, -30.0, 5.0, 5.0])
+    )
+    assert even == pytest.approx(EVENNESS * math.log(2))
+    assert even < biased < 2 * even < stray
+
+
+def test_guidance_counts_the_weight_on_any_of_several_targets() -> None:
+    q, k, v = torch.zeros(5, 4, 8), torch.zeros(5, 2, 8), torch.zeros(5, 2, 8)
+    guided = GuidedAttention(1, 5, {(0, 0): torch.tensor([[0, 3, 0, 2], [0, 3, 1, NOWHERE]])})
+    guided(0, q, k, v)  # all weights are even: 2 of 4 positions, then 1 of 4
+    assert guided.loss().item() == pytest.approx((math.log(2) + math.log(4)) / 2)
 
 
 def test_weights_favour_recalls_and_spare_the_user(vocabulary: Tokenizer) -> None:
