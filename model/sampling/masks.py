@@ -77,9 +77,8 @@ def fill_masks(states: Sequence[GrammarState | None], bitmask: Tensor) -> dict[i
         crashed: dict[int, GrammarError] = {}
     except (KeyboardInterrupt, SystemExit):
         raise
-    except (
-        BaseException
-    ):  # a panic of the library, which is no Exception. One by one, it is one request's and no other's
+    except BaseException:
+        # A panic of the library is no Exception. One by one, it is one request's and no other's.
         crashed = {row: error for matcher, row in rows if (error := _crash(matcher, row, bitmask))}
     sound = [(matcher, row) for matcher, row in rows if row not in crashed]
     return crashed | {

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from model.errors import CheckpointError, ConfigError, GrammarError, InvalidRequest
 from model.sampling import grammar as grammar_module
-from model.sampling.grammar import Grammar, GrammarCompiler, GrammarSpec
+from model.sampling.grammar import GrammarCompiler, GrammarSpec
 from model.sampling.masks import GrammarState, apply_masks, fill_masks, new_bitmask
 from model.text.tokenizer import Tokenizer
 
@@ -398,10 +399,12 @@ def test_a_grammar_is_compiled_once_for_equal_specs(compiler):
 
 def test_the_cache_forgets_what_was_not_asked_for_lately(compiler, monkeypatch):
     monkeypatch.setattr(grammar_module, "MAX_CACHED", 2)
-    compiled: list[Grammar] = [compiler.compile(GrammarSpec("regex", text)) for text in ("x", "y", "x", "z")]
-    for _ in range(200):  # what other tests have left
-        compiler.compile(GrammarSpec("regex", "x"))
-    assert compiler.compile(GrammarSpec("regex", "x")) is compiled[0]
+    monkeypatch.setattr(compiler, "_cached", OrderedDict())
+    x, y, again, z = (compiler.compile(GrammarSpec("regex", text)) for text in "xyxz")
+    assert again is x
+    assert compiler.compile(GrammarSpec("regex", "x")) is x
+    assert compiler.compile(GrammarSpec("regex", "z")) is z
+    assert compiler.compile(GrammarSpec("regex", "y")) is not y
 
 
 def test_without_an_end_of_sequence_token_there_is_no_structured_output(directory):
