@@ -22,3 +22,7 @@ class InvalidRequest(AttendantError):  # noqa: N818 - named for what the client 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class GrammarError(AttendantError):
+    """A request's output cannot go on under its grammar. That request ends with an error; the others do not notice."""

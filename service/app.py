@@ -3,8 +3,9 @@
 serve run service.app:build model=model/checkpoints/storyteller replicas=2
 """
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -37,14 +38,20 @@ class AppArgs(BaseModel):
     max_waiting: Annotated[int, Field(ge=0)] = 256
     num_threads: Annotated[int, Field(ge=1)] | None = None
 
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """What becomes of it in a replica: the arguments of `EngineConfig`."""
+        options = self.model_dump(include={"dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_tokens"})
+        # Half of the cores compute; HTTP, text and Ray have the others. With both of 2 cores the embedded model gave
+        # a third fewer tokens (docs/benchmarks.md).
+        options["num_threads"] = self.num_threads or max(1, (os.cpu_count() or 2) // (2 * self.replicas))
+        return options
+
 
 def build(args: AppArgs) -> serve.Application:
     """Ingress and engines, bound together."""
     directory = str(Path(args.model).resolve())
     name = args.model_name or Path(directory).name
-    engine_options = args.model_dump(
-        include={"dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_tokens", "num_threads"}
-    )
     engines = serve.deployment(
         name="Engine",
         num_replicas=args.replicas,
@@ -65,4 +72,4 @@ def build(args: AppArgs) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         ray_actor_options={"num_cpus": 0},
     )(serve.ingress()(Ingress))
-    return ingress.bind(engines.bind(directory, name, engine_options, args.max_waiting), directory, name)
+    return ingress.bind(engines.bind(directory, name, args.engine_options, args.max_waiting), directory, name)

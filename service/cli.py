@@ -120,6 +120,8 @@ def main() -> None:
     """The console script: a refusal is one line and exit code 2, never a traceback."""
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except AttendantError as error:
         console.print(f"attendant: {error}", style="red", soft_wrap=True, markup=False)
         sys.exit(REFUSED)

@@ -68,13 +68,23 @@ class Choice:
 
 
 class Completion:
-    """All choices of one request. Iterate it for the text; close it whatever happens."""
+    """All choices of one request. Iterate it for the text; close it whatever happens.
 
-    def __init__(self, service: Service, generation: Generation, prompts: Sequence[list[int]], stop: Sequence[str]):
+    arrived: when the request did, on `time.perf_counter`'s clock.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        generation: Generation,
+        prompts: Sequence[list[int]],
+        stop: Sequence[str],
+        arrived: float,
+    ) -> None:
         self._service = service
         self._generation = generation
         self._choices_per_prompt = len(generation.streams) // len(prompts)
-        self._arrived = time.perf_counter()
+        self._arrived = arrived
         self._choices = [Choice(Detokenizer(service.tokenizer, stop)) for _ in generation.streams]
         self._first: list[Piece] = []
         self._num_prompt_tokens = sum(map(len, prompts))
@@ -103,8 +113,8 @@ class Completion:
         for ids in prompts:
             limit = max_tokens or max(1, info.max_model_len - len(ids))
             requests += [(ids, _sampling_params(fields, limit, choice_seed(seed, choice))) for choice in range(n)]
-        completion = cls(service, await service.dispatcher.open(requests), prompts, fields.stop_strings)
-        completion._arrived = arrived
+        generation = await service.dispatcher.open(requests)
+        completion = cls(service, generation, prompts, fields.stop_strings, arrived)
         try:
             completion._first = await completion._generation.next()
             completion._raise_first_error(completion._first)

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from model.engine.stats import StepStats
 
 WATCH_PERIOD_S = 0.5
-# An ingress pings every 2 s. One that has been silent for this long is gone, whatever Ray says about its call.
-SILENCE_LIMIT_S = 20.0
+# An ingress pings every 2 s. One that has been silent for this long is gone: when an ingress is killed, Ray lets its
+# open calls run on.
+SILENCE_LIMIT_S = 8.0
 
 
 class EngineReplica:

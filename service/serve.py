@@ -10,7 +10,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -45,14 +45,16 @@ class Stop(BaseException):
 
 
 def run(args: "AppArgs", address: Address, data_plane: DataPlane) -> None:
-    """Serve until SIGINT or SIGTERM. Raises `StartError` or `CheckpointError` when it cannot start."""
+    """Serve until SIGINT or SIGTERM. Raises `StartError` when it cannot start."""
     check_port(address)
-    preflight = Preflight(Path(args.model))  # beside Ray's start, which takes longer
-    with tempfile.TemporaryDirectory(prefix="attendant-") as scratch, _ray(data_plane, Path(scratch)):
+    preflight = Preflight(Path(args.model), args.engine_options)  # beside Ray's start, which takes longer
+    _heed_signals()
+    # Stop ends it all: while it starts at once, while it serves in order, and a second one at once again.
+    with suppress(Stop), tempfile.TemporaryDirectory(prefix="attendant-") as scratch, _ray(data_plane, Path(scratch)):
+        preflight.finish()
+        _deploy(args, address)
+        print(_welcome(args, address), flush=True)
         try:
-            preflight.finish()
-            _deploy(args, address)
-            print(_welcome(args, address), flush=True)
             while True:
                 signal.pause()
         except Stop:
@@ -90,8 +92,7 @@ def _ray(data_plane: DataPlane, scratch: Path) -> Iterator[None]:
             logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
         )
-        for number in (signal.SIGINT, signal.SIGTERM):  # after `init`, which installs its own
-            signal.signal(number, _stop)
+        _heed_signals()  # `init` has installed its own
     except Exception as error:
         raise StartError(f"Ray did not start: {_cause(str(error))}") from None
     try:
@@ -110,15 +111,31 @@ def _deploy(args: "AppArgs", address: Address) -> None:
         serve.start(http_options={"host": address.host, "port": address.port}, logging_config={"log_level": "WARNING"})
         serve.run(build(args), name=APP_NAME, logging_config={"log_level": "WARNING"})
     except Exception as error:
-        raise StartError(f"the service did not start: {_cause(str(error))}") from None
+        raise StartError(f"the service did not start: {_cause(_deployment_messages() or str(error))}") from None
+
+
+def _deployment_messages() -> str:
+    """What Serve keeps of why a replica did not start; its exception only says that one did not."""
+    from ray import serve
+
+    application = serve.status().applications.get(APP_NAME)
+    return "\n".join(deployment.message for deployment in application.deployments.values()) if application else ""
 
 
 def _shut_down() -> None:
+    import ray
     from ray import serve
 
     # Ray prints what it makes of its own actors' orderly end, from a thread of its own.
-    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), suppress(Stop):  # Stop: the second Ctrl-C
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        serve.delete(APP_NAME)  # waits for open requests, which `shutdown` by itself cuts off at the proxy
         serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
+
+
+def _heed_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -8,14 +8,16 @@ from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from model.training.documents import ASSISTANT, EOS, USER, Author, Document, Form
-from model.training.guidance import BINDING, HOLDER_RECALL, PLACE_RECALL, Head
+from model.training.guidance import BINDING, CHOICE, HOLDER_RECALL, NOWHERE, PLACE_RECALL, Head
 from model.training.world import NAMES, OBJECTS, PLACES
 
 # What a token is worth in the loss. A user's words are not the model's to predict, and a drill teaches only recall;
 # both keep a little weight, so that the embeddings of all words learn from all text.
 RECALL_WEIGHT = 3.0
+CHOICE_WEIGHT = 2.0
 USER_WEIGHT = 0.1
 DRILL_WEIGHT = 0.2
+NO_OPTION = -1
 
 # Documents of this many batches are sorted by length together: less padding, and still a fresh mix every few steps.
 BATCHES_PER_POOL = 4
@@ -23,21 +25,35 @@ BATCHES_PER_POOL = 4
 
 @dataclass
 class Batch:
-    """token_ids, weights: [batch, length]; weights are those of the tokens as targets. recalls: [rows, 2] of
-    (sequence, position of an answer token). targets: see `GuidedAttention`.
+    """Whole documents as tensors.
+
+    token_ids, weights: [batch, length]; weights are those of the tokens as targets.
+    recalls: [rows, 2] of (sequence, position of an answer token).
+    choices: [rows, 2] of (sequence, position of a drawn token); options: [rows, most options], the ids that were as
+    likely there, padded with NO_OPTION.
+    targets: see `GuidedAttention`.
     """
 
     token_ids: Tensor
     weights: Tensor
     recalls: Tensor
+    choices: Tensor
+    options: Tensor
     targets: dict[Head, Tensor]
     num_tokens: int
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         targets = {head: rows.to(device) for head, rows in self.targets.items()}
-        token_ids, weights, recalls = (x.to(device) for x in (self.token_ids, self.weights, self.recalls))
-        return Batch(token_ids, weights, recalls, targets, self.num_tokens)
+        return Batch(
+            self.token_ids.to(device),
+            self.weights.to(device),
+            self.recalls.to(device),
+            self.choices.to(device),
+            self.options.to(device),
+            targets,
+            self.num_tokens,
+        )
 
 
 class Collator:
@@ -47,8 +63,9 @@ class Collator:
         self.tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab()
         self.user, self.assistant, self.pad = (vocabulary[token] for token in (USER, ASSISTANT, EOS))
-        self.names = {self.word(name) for name in NAMES}
-        self.bound = {self.word(word) for word in (*OBJECTS, *PLACES)}
+        self.words = {word: self.word(word) for word in (*NAMES, *OBJECTS, *PLACES)}
+        self.names = {self.words[name] for name in NAMES}
+        self.bound = {self.words[word] for word in (*OBJECTS, *PLACES)}
         self.terminals = {i for token, i in vocabulary.items() if token[0] in '.?!<"' or token[-1] in ".?!"}
 
     def word(self, word: str) -> int:
@@ -63,7 +80,11 @@ class Collator:
         token_ids = torch.full((len(documents), length), self.pad)
         weights = torch.zeros(len(documents), length)
         recalls: list[tuple[int, int]] = []
-        targets: dict[Head, list[tuple[int, int, int]]] = {BINDING: [], HOLDER_RECALL: [], PLACE_RECALL: []}
+        choices: list[tuple[int, int]] = []
+        options: list[list[int]] = []
+        targets: dict[Head, list[tuple[int, ...]]] = {
+            head: [] for head in (BINDING, HOLDER_RECALL, PLACE_RECALL, *CHOICE)
+        }
         for row, (document, encoding) in enumerate(zip(documents, encodings, strict=True)):
             ids = encoding.ids
             token_ids[row, : len(ids)] = torch.tensor(ids)
@@ -73,11 +94,20 @@ class Collator:
                 targets[head].append((row, answer - 1, evidence))
                 recalls.append((row, answer))
                 weights[row, answer] = RECALL_WEIGHT
+            for choice in document.story.choices:
+                drawn = token_at(encoding, choice.at)
+                for head in CHOICE:
+                    targets[head].append((row, drawn - 1, *(token_at(encoding, s) for s in choice.sources)))
+                choices.append((row, drawn))
+                options.append([self.words[word] for word in choice.options])
+                weights[row, drawn] = CHOICE_WEIGHT
         return Batch(
             token_ids,
             weights,
             torch.tensor(recalls).reshape(-1, 2),
-            {head: torch.tensor(rows).reshape(-1, 3) for head, rows in targets.items()},
+            torch.tensor(choices).reshape(-1, 2),
+            padded(options, NO_OPTION),
+            {head: padded(rows, NOWHERE) for head, rows in targets.items()},
             sum(len(encoding.ids) for encoding in encodings),
         )
 
@@ -99,6 +129,12 @@ class Collator:
             elif token_id in self.bound:
                 pairs.append((position, binder))
         return pairs
+
+
+def padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+    """Rows of different lengths as one tensor, [rows, longest]."""
+    width = max(map(len, rows), default=0)
+    return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], dtype=torch.long).view(-1, width)
 
 
 def lookups(document: Document, encoding: Encoding) -> list[tuple[Head, int, int]]:

@@ -12,6 +12,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -41,6 +42,14 @@ ROWS = 8  # documents in one forward pass
 NAME = re.compile(rf"\b(?:{one_of(NAMES)})\b")
 
 
+@dataclass
+class Sheet:
+    """A document with the answers to mark. spans: (first token, last token, the bucket that counts it)."""
+
+    token_ids: list[int]
+    spans: list[tuple[int, int, Bucket]] = field(default_factory=list)
+
+
 class Examiner:
     """One model and the held-out material it is asked about."""
 
@@ -55,61 +64,74 @@ class Examiner:
         self.seed = seed
 
     @torch.inference_mode()
-    def logits(self, token_ids: Tensor) -> Tensor:
-        """token_ids: [batch, length] -> [batch, length, vocab_size]."""
+    def hidden(self, token_ids: Tensor) -> Tensor:
+        """token_ids: [batch, length], on any device -> final hidden states, [batch, length, hidden_size]."""
         rows, length = token_ids.shape
+        token_ids = token_ids.to(self.engine.device)
         positions = torch.arange(length, device=token_ids.device).repeat(rows)
-        hidden = self.decoder(token_ids.flatten(), positions, DenseCausalAttention(rows, length))
-        flat = self.decoder.logits(hidden)
+        flat: Tensor = self.decoder(token_ids.flatten(), positions, DenseCausalAttention(rows, length))
         return flat.view(rows, length, -1)
 
     def perplexity(self, num_documents: int = 120) -> float:
         """exp of the mean loss over all tokens of held-out documents, the request's and the questions' included."""
-        author, collator, device = Author(f"perplexity/{self.seed}", "held_out"), Collator(self.tokenizer), "cpu"
+        author, collator = Author(f"perplexity/{self.seed}", "held_out"), Collator(self.tokenizer)
         forms: tuple[Form, ...] = ("brief", "plain", "long")
         total, tokens = 0.0, 0
         for number in range(0, num_documents, ROWS):
             form = forms[number // ROWS % len(forms)]
             batch = collator.collate([author.write(form) for _ in range(ROWS)])
-            logits = self.logits(batch.token_ids.to(self.engine.device)).to(device)
-            losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.token_ids[:, 1:].flatten(), reduction="none")
-            total += losses[batch.weights[:, 1:].flatten() > 0].sum().item()
-            tokens += int((batch.weights[:, 1:] > 0).sum())
+            logits = self.decoder.logits(self.hidden(batch.token_ids)[:, :-1]).cpu()
+            losses = F.cross_entropy(logits.flatten(0, 1), batch.token_ids[:, 1:].flatten(), reduction="none")
+            real = batch.weights[:, 1:].flatten() > 0
+            total += losses[real].sum().item()
+            tokens += int(real.sum())
         return math.exp(total / tokens)
 
     def recall(self, per_bucket: int) -> tuple[list[Bucket], Bucket]:
-        """Ask until every bucket of holder questions is full. Returns them, and one bucket for all place questions."""
+        """Ask until every bucket of holder questions is full. Returns them, and one bucket for the place questions."""
         author = Author(f"recall/{self.seed}", "held_out")
+        forms: tuple[Form, ...] = ("plain", "long", "longest")
         buckets = [Bucket(low, high) for low, high in BUCKETS]
         places = Bucket(BUCKETS[0][0], BUCKETS[-1][1])
+        sheets: list[Sheet] = []
         while any(bucket.total < per_bucket for bucket in buckets):
-            documents = [author.write(author.rng.choice(("plain", "long", "longest"))) for _ in range(ROWS)]
-            for document, question, distance, right in self.answers(documents):
-                if question.recall.about == "place":
-                    if places.low <= distance < places.high:
-                        places.total, places.right = places.total + 1, places.right + right
-                elif held_out(question.answer, question.subject):
-                    for bucket in buckets:
-                        if bucket.low <= distance < bucket.high and bucket.total < per_bucket:
-                            count(bucket, document, question, right)
+            sheet = self.sheet(author.write(author.rng.choice(forms)), buckets, places, per_bucket)
+            if sheet.spans:
+                sheets.append(sheet)
+        sheets.sort(key=lambda sheet: len(sheet.token_ids))  # so that a batch needs little padding
+        for start in range(0, len(sheets), ROWS):
+            self.mark(sheets[start : start + ROWS])
         return buckets, places
 
-    def answers(self, documents: Sequence[Document]) -> Iterator[tuple[Document, Question, int, bool]]:
-        """Every question of the documents, its distance in tokens, and whether the greedy answer is right.
+    def sheet(self, document: Document, buckets: Sequence[Bucket], places: Bucket, per_bucket: int) -> Sheet:
+        """Pick the document's questions that a bucket has room for, and count them and what the guesses say."""
+        encoding = self.tokenizer.encode(document.text, add_special_tokens=False)
+        sheet = Sheet(encoding.ids)
+        for question in document.questions:
+            first, last, distance = place(document, question, encoding)
+            if question.recall.about == "place":
+                if places.total < per_bucket and places.low <= distance < places.high:
+                    places.total += 1
+                    sheet.spans.append((first, last, places))
+            elif held_out(question.answer, question.subject):
+                for bucket in buckets:
+                    if bucket.low <= distance < bucket.high and bucket.total < per_bucket:
+                        count(bucket, document, question)
+                        sheet.spans.append((first, last, bucket))
+        return sheet
+
+    def mark(self, sheets: Sequence[Sheet]) -> None:
+        """Count the answers that greedy decoding gets right, word for word.
 
         One forward pass serves them all: greedy decoding writes an answer exactly when each of its tokens is ranked
         first after the tokens before it.
         """
-        texts = [document.text for document in documents]
-        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        length = max(len(encoding.ids) for encoding in encodings)
-        token_ids = torch.tensor([encoding.ids + [0] * (length - len(encoding.ids)) for encoding in encodings])
-        guesses = self.logits(token_ids.to(self.engine.device)).argmax(-1).tolist()
-        for document, encoding, guess in zip(documents, encodings, guesses, strict=True):
-            for question in document.questions:
-                first, last, distance = place(document, question, encoding)
-                right = guess[first - 1 : last] == encoding.ids[first : last + 1]
-                yield document, question, distance, right
+        length = max(len(sheet.token_ids) for sheet in sheets)
+        padded = [sheet.token_ids + [0] * (length - len(sheet.token_ids)) for sheet in sheets]
+        for sheet, hidden in zip(sheets, self.hidden(torch.tensor(padded)), strict=True):
+            for first, last, bucket in sheet.spans:
+                guesses = self.decoder.logits(hidden[first - 1 : last]).argmax(-1).tolist()
+                bucket.right += guesses == sheet.token_ids[first : last + 1]
 
     def sample(self, total: int, temperature: float) -> Samples:
         """Ask the engine for stories about held-out pairs and judge what comes."""
@@ -153,12 +175,10 @@ def place(document: Document, question: Question, encoding: Encoding) -> tuple[i
     return first, last, answer - evidence
 
 
-def count(bucket: Bucket, document: Document, question: Question, right: bool) -> None:
-    """Score one holder question, and what the two guesses would have said."""
-    names = NAME.findall(document.tale)
+def count(bucket: Bucket, document: Document, question: Question) -> None:
+    """Count one holder question, and what the two guesses would have said."""
     bucket.total += 1
-    bucket.right += right
-    bucket.last_name += names[-1] == question.answer
+    bucket.last_name += NAME.findall(document.tale)[-1] == question.answer
     for sentence in reversed(re.split(r"(?<=[.!?]) ", document.tale)):
         named = NAME.findall(sentence)
         if named and re.search(rf"\b{question.subject}\b", sentence):

@@ -7,11 +7,14 @@ knows where the evidence stands, so the trainer says it: one head of the first l
 heads of a later layer at the evidence. With the guidance, and with keys that start as copies of queries, a toy with 240
 names went from a guess to 97 % within 1.4 million tokens; without either it stood at 35 % after 2.4 million.
 
+Where the story is free, two heads of the last layer are asked to look at what may come: at the cast before a name is
+drawn, at the objects in play before one is talked about. Without it the model had recall at 95 %, and still every
+third name it drew was of nobody in the story.
+
 The result is an ordinary Llama: guidance changes the loss, never the forward pass, and fades with the learning rate.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention.dense import DenseCausalAttention
@@ -19,17 +22,23 @@ from model.decoder import Decoder, DecoderLayer
 
 Head = tuple[int, int]
 
-# (layer, head). The two recall heads read different key/value groups, so neither has to serve the other's match.
+# (layer, head). Two guided heads of a layer read different key/value groups: neither has to serve the other's match.
 BINDING: Head = (0, 0)
 HOLDER_RECALL: Head = (2, 0)
 PLACE_RECALL: Head = (2, 2)
+# Two heads, because the names of a whole cast, blended in the 64 numbers of one head, resemble too many strangers.
+CHOICE: tuple[Head, ...] = ((3, 0), (3, 2))
+
+
+NOWHERE = -1
 
 
 class GuidedAttention(DenseCausalAttention):
     """Dense causal attention that also measures how well the guided heads look where they should.
 
-    targets: for each guided head, rows of (sequence, position that looks, position to look at), [rows, 3]. After the
-    forward pass, `loss()` is the mean cross-entropy of the guided attention weights.
+    targets: for each guided head, rows of (sequence, position that looks, positions to look at), padded with NOWHERE:
+    [rows, 2 + most positions]. How the weight is spread over the positions is the head's own affair. After the forward
+    pass, `loss()` is the sum of each head's mean cross-entropy with its targets.
     """
 
     def __init__(self, batch: int, length: int, targets: dict[Head, Tensor]) -> None:
@@ -45,17 +54,20 @@ class GuidedAttention(DenseCausalAttention):
         return super().__call__(layer, q, k, v)
 
     def _look(self, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
-        """q, k: [batch * length, head_dim] of one head. Mean of -log(attention weight on the target)."""
+        """q, k: [batch * length, head_dim] of one head. Mean of -log(attention weight on the targets)."""
         with torch.autocast(q.device.type, enabled=False):
             q, k = (x.float().unflatten(0, (self.batch, self.length)) for x in (q, k))
-            sequence, source, target = rows.unbind(1)
+            sequence, source, targets = rows[:, 0], rows[:, 1], rows[:, 2:]
             scores = torch.bmm(q, k.transpose(1, 2))[sequence, source] * q.shape[-1] ** -0.5
             future = torch.arange(self.length, device=q.device) > source[:, None]
-            return F.cross_entropy(scores.masked_fill(future, float("-inf")), target)
+            weights = scores.masked_fill(future, float("-inf")).log_softmax(-1)
+            looked = weights.gather(1, targets.clamp(min=0)).masked_fill(targets == NOWHERE, float("-inf"))
+            missed: Tensor = -looked.logsumexp(1).mean()
+            return missed
 
     def loss(self) -> Tensor:
-        """The mean over the guided heads. Call once, after the forward pass."""
-        return torch.stack(self.losses).mean()
+        """The sum over the guided heads. Call once, after the forward pass."""
+        return torch.stack(self.losses).sum()
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.errors import ConfigError
-from model.training.batches import Batch, BatchStream
+from model.training.batches import NO_OPTION, Batch, BatchStream
 from model.training.curriculum import CURRICULUM, Stage, storyteller_config
 from model.training.curve import Point, write_curve
 from model.training.documents import BOS, EOS
@@ -31,6 +31,7 @@ from model.training.guidance import GuidedAttention, favour_matching
 from model.training.vocabulary import train_tokenizer
 
 STATE = "state.pt"
+EVENNESS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +43,14 @@ class TrainConfig:
     """
 
     out: Path
-    steps: int = 3600
+    steps: int = 3400
     tokens_per_batch: int = 4096
     peak_rate: float = 2e-3
     warm_up: int = 100
     hold: int = 600
     weight_decay: float = 0.01
     clip: float = 1.0
-    guidance: float = 1.0
+    guidance: float = 0.35
     seed: int = 0
     device: str = "auto"
     threads: int = 0
@@ -139,8 +140,11 @@ class Trainer:
             logits = self.decoder.logits(hidden)
         logits = logits.float().unflatten(0, (rows, length))[:, :-1]
         targets, weights = batch.token_ids[:, 1:], batch.weights[:, 1:]
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        token_loss = (losses * weights.flatten()).sum() / weights.sum()
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
+        sequence, position = batch.choices.unbind(1)
+        choices = choice_losses(logits[sequence, position - 1], batch.options)
+        losses = losses.index_put((sequence, position - 1), choices)
+        token_loss = (losses * weights).sum() / weights.sum()
         sequence, position = batch.recalls.unbind(1)
         guesses = logits[sequence, position - 1].argmax(-1)
         right = (guesses == batch.token_ids[sequence, position]).float().mean().item()
@@ -182,6 +186,21 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         history = [Point(**point) for point in state["progress"].pop("history")]
         self.progress = Progressed(**state["progress"], history=history)
+
+
+def choice_losses(logits: Tensor, options: Tensor) -> Tensor:
+    """-log of the probability of any of the options, and a little of the cross-entropy with their even distribution.
+
+    Which one the generator drew is chance, and learning it is noise; an even choice alone is too much to ask, because
+    it keeps every logit low. What matters is that nothing else comes.
+
+    logits: [rows, vocab_size]; options: [rows, most options], see `Batch`. Returns [rows].
+    """
+    real = options != NO_OPTION
+    scores = logits.log_softmax(-1).gather(1, options.clamp(min=0))
+    any_of_them = scores.masked_fill(~real, float("-inf")).logsumexp(1)
+    even = (scores * real).sum(1) / real.sum(1)
+    return -any_of_them - EVENNESS * even
 
 
 def parameter_groups(decoder: Decoder, weight_decay: float) -> list[dict[str, object]]:

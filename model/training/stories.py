@@ -1,10 +1,10 @@
 """Tells one story: keeps a small world straight while it fills frames, and notes where each answer can be looked up.
 
-The notes (`Recall`) are character positions. They tell the evaluation how far back the evidence stands, and they tell
-the trainer where attention should look.
+The notes (`Recall`, `Choice`) are character positions. They tell the evaluation how far back the evidence stands, and
+they tell the trainer where attention should look and which words would have been as good.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
@@ -13,6 +13,8 @@ from model.training.frames import FRAMES, Event, Frame, friends_phrase
 from model.training.world import ADJECTIVES, NAMES, OBJECTS, PLACES, held_out, with_article
 
 Split = Literal["train", "held_out"]
+Options = Mapping[str, Sequence[str]]
+NO_OPTIONS: Options = {}
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,19 @@ class Recall:
     about: Literal["holder", "place"]
     answer: int
     evidence: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A word that was drawn, with equal chances, from words of the text so far. Positions as in `Recall`.
+
+    at: where the drawn word starts; options: all that might have stood there; sources: where the text has them.
+    """
+
+    of: Literal["character", "object"]
+    at: int
+    options: tuple[str, ...]
+    sources: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,8 @@ class Story:
     holder: dict[str, str] = field(default_factory=dict)
     place: dict[str, str] = field(default_factory=dict)
     recalls: list[Recall] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    introduced: dict[str, int] = field(default_factory=dict)  # where each character is first named
     # Where the last sentence about an object's owner has the object, and the last one about a mover has the place.
     object_seen: dict[str, int] = field(default_factory=dict)
     place_seen: dict[str, int] = field(default_factory=dict)
@@ -66,8 +83,11 @@ class Story:
         """The object that the hero finds first."""
         return next(iter(self.holder))
 
-    def say(self, frame: Frame, **slots: str) -> None:
-        """Append a sentence and note its recalls. The caller has made sure that it is true."""
+    def say(self, frame: Frame, options: Options = NO_OPTIONS, **slots: str) -> None:
+        """Append a sentence and note its recalls and choices. The caller has made sure that it is true.
+
+        options: for each slot that was drawn from characters or objects of the story, what it was drawn from.
+        """
         self.text += " " if self.text and not self.text.endswith(">") else ""
         starts: dict[str, list[int]] = {}
         for literal, slot in frame.pieces:
@@ -75,14 +95,35 @@ class Story:
             if slot:
                 starts.setdefault(slot, []).append(len(self.text))
                 self.text += slots[slot]
+        self.note_choices(options, starts)
+        self.note_facts(frame.event, slots, starts)
+
+    def note_choices(self, options: Options, starts: dict[str, list[int]]) -> None:
+        """Note what each slot was drawn from, if the sentence has the slot and the story introduced its cast."""
+        for slot, words in options.items():
+            where = self.object_seen if slot == "o" else self.introduced
+            if slot in starts and all(word in where for word in words):
+                sources = tuple(where[word] for word in words)
+                self.choices.append(
+                    Choice("object" if slot == "o" else "character", starts[slot][0], tuple(words), sources)
+                )
+
+    def note_facts(self, event: Event, slots: dict[str, str], starts: dict[str, list[int]]) -> None:
+        """Note what the sentence recalls, then what it tells."""
+        if event is Event.OPENING:
+            self.introduced[slots["a"]] = starts["a"][0]
+        if event is Event.FRIENDS:
+            position = starts["friends"][0]
+            for name in self.cast[1:]:
+                position = self.introduced[name] = self.text.index(name, position)
         thing = slots.get("o") or slots.get("thing", "").split(" ")[-1]
-        if frame.event in {Event.GIVE, Event.TAKE, Event.RECAP}:
+        if event in {Event.GIVE, Event.TAKE, Event.RECAP}:
             self.recalls.append(Recall("holder", starts["a"][0], self.object_seen[thing]))
-        if frame.event in {Event.FIND, Event.GIVE, Event.TAKE, Event.RECAP}:
-            self.holder[thing] = slots["a" if frame.event in {Event.FIND, Event.RECAP} else "b"]
+        if event in {Event.FIND, Event.GIVE, Event.TAKE, Event.RECAP}:
+            self.holder[thing] = slots["a" if event in {Event.FIND, Event.RECAP} else "b"]
             start = (starts.get("o") or starts["thing"])[-1]
             self.object_seen[thing] = start + len(slots.get("thing", thing)) - len(thing)
-        if frame.event is Event.MOVE:
+        if event is Event.MOVE:
             self.place[slots["a"]] = slots["p"]
             self.place_seen[slots["a"]] = starts["p"][0]
 
@@ -107,9 +148,9 @@ class Storyteller:
         story.say(self.frame(Event.OPENING), who=with_article(kind), a=hero)
         friends = rng.sample([name for name in NAMES if name != hero], rng.randint(*size.cast) - 1)
         if friends:
-            story.say(self.frame(Event.FRIENDS), a=hero, friends=friends_phrase(friends))
             story.cast += friends
-        self.find(story, hero, main)
+            story.say(self.frame(Event.FRIENDS), {"a": [hero]}, a=hero, friends=friends_phrase(friends))
+        self.find(story, hero, main, [hero])
         num_objects = rng.randint(*size.objects)
         for _ in range(rng.randint(*size.events)):
             self.happen(story, num_objects)
@@ -135,17 +176,17 @@ class Storyteller:
         if not step(story):
             self.scene(story)
 
-    def find(self, story: Story, finder: str, thing: str) -> None:
-        """`finder` comes by `thing`, which is new to the story."""
+    def find(self, story: Story, finder: str, thing: str, finders: Sequence[str]) -> None:
+        """`finder`, one of `finders`, comes by `thing`, which is new to the story."""
         phrase = thing if self.rng.random() < 0.5 else f"{self.rng.choice(ADJECTIVES)} {thing}"
-        story.say(self.frame(Event.FIND), a=finder, thing=with_article(phrase))
+        story.say(self.frame(Event.FIND), {"a": finders}, a=finder, thing=with_article(phrase))
 
     def new_object(self, story: Story) -> bool:
         """Somebody finds an object that the story does not have yet."""
         finder = self.rng.choice(story.cast)
         for thing in self.rng.sample(OBJECTS, len(OBJECTS)):
             if thing not in story.holder and self.may_own(finder, thing):
-                self.find(story, finder, thing)
+                self.find(story, finder, thing, story.cast)
                 return True
         return False
 
@@ -161,36 +202,45 @@ class Storyteller:
             return False
         self.topic(story, thing)
         event = Event.GIVE if self.rng.random() < 0.6 else Event.TAKE
-        story.say(self.frame(event), a=giver, b=self.rng.choice(fitting), o=thing)
+        story.say(self.frame(event), {"b": fitting, "o": [thing]}, a=giver, b=self.rng.choice(fitting), o=thing)
         return True
 
     def pick(self, story: Story) -> str:
         """An object that the story is busy with."""
-        return self.rng.choice(list(story.holder)[-story.busy :])
+        return self.rng.choice(self.busy(story))
+
+    def busy(self, story: Story) -> list[str]:
+        """The objects that the story is busy with."""
+        return list(story.holder)[-story.busy :]
+
+    def either(self, story: Story, a: str) -> dict[str, Sequence[str]]:
+        """What two different characters are drawn from, the first of them being `a`."""
+        return {"a": story.cast, "b": [name for name in story.cast if name != a]}
 
     def topic(self, story: Story, thing: str = "") -> bool:
         """Somebody, or nobody, says something about an object."""
         a, b = self.two(story)
-        story.say(self.frame(Event.TOPIC), a=a, b=b, o=thing or self.pick(story))
+        options = self.either(story, a) | {"o": self.busy(story)}
+        story.say(self.frame(Event.TOPIC), options, a=a, b=b, o=thing or self.pick(story))
         return True
 
     def recap(self, story: Story) -> bool:
         """The narrator asks who has an object, and says it."""
         thing = self.pick(story)
-        story.say(self.frame(Event.RECAP), a=story.holder[thing], o=thing)
+        story.say(self.frame(Event.RECAP), {"o": self.busy(story)}, a=story.holder[thing], o=thing)
         return True
 
     def move(self, story: Story) -> bool:
         """A character goes to a place where it is not already."""
         mover = self.rng.choice(story.cast)
         place = self.rng.choice([place for place in PLACES if place != story.place.get(mover)])
-        story.say(self.frame(Event.MOVE), a=mover, p=place)
+        story.say(self.frame(Event.MOVE), {"a": story.cast}, a=mover, p=place)
         return True
 
     def mood(self, story: Story) -> bool:
         """A character feels or does something."""
         a, b = self.two(story)
-        story.say(self.frame(Event.MOOD), a=a, b=b)
+        story.say(self.frame(Event.MOOD), self.either(story, a), a=a, b=b)
         return True
 
     def scene(self, story: Story) -> bool:

@@ -92,9 +92,11 @@ class Running:
             done.wait(0.1)
         raise AssertionError(f"{name} is {self.metrics()[name]} after {seconds} s, not {value}")
 
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
     def engine_processes(self) -> list[psutil.Process]:
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if ":Engine" in " ".join(child.cmdline())]
+        return [child for child in self.children() if ":Engine" in " ".join(child.cmdline())]
 
 
 def start(model: Path, *options: str) -> Running:
@@ -110,8 +112,13 @@ def start(model: Path, *options: str) -> Running:
 
 def stop(running: Running, number: int = signal.SIGTERM) -> int:
     """Stop it as a user does; its exit code. What would outlive it is killed, and is the failure of a test."""
-    children = psutil.Process(running.process.pid).children(recursive=True)
+    children = running.children()
     running.process.send_signal(number)
+    return wait_until_gone(running, children)
+
+
+def wait_until_gone(running: Running, children: list[psutil.Process]) -> int:
+    """Its exit code, once nothing of it is left."""
     code = running.process.wait(timeout=60)
     _, alive = psutil.wait_procs(children, timeout=10)
     for orphan in alive:

@@ -2,15 +2,17 @@
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.service.conftest import start, stop, write_model
+from tests.service.conftest import Running, start, stop, wait_until_gone, write_model
 
 
 def attendant(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -84,14 +86,31 @@ def test_a_broken_checkpoint_stops_the_start_and_names_the_file(tmp_path: Path) 
     assert "model.safetensors" in refusal(attendant("serve", "--model", str(directory), "--port", "8999"))
 
 
-@pytest.mark.slow
-def test_the_service_runs_on_serves_own_proxy_and_leaves_nothing_behind(tiny_model: Path) -> None:
+@pytest.fixture(scope="module")
+def on_serves_own_proxy(tiny_model: Path) -> Iterator[Running]:
     running = start(tiny_model, "--data-plane", "default", "--kv-cache-tokens", "2048")
-    assert f"curl -N {running.url}/v1/completions" in running.banner
-    body = {"prompt": "x", "max_tokens": 4, "ignore_eos": True, "stream": True}
-    answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=30)
-    assert answer.text.endswith("data: [DONE]\n\n")
-    assert stop(running) == 0
+    yield running
+    if running.process.poll() is None:
+        stop(running)
+
+
+@pytest.mark.slow
+def test_the_one_line_at_the_start_has_a_curl_to_try(on_serves_own_proxy: Running) -> None:
+    assert f"curl -N {on_serves_own_proxy.url}/v1/completions" in on_serves_own_proxy.banner
+
+
+@pytest.mark.slow
+def test_on_sigterm_an_open_stream_is_finished_and_nothing_is_left_behind(on_serves_own_proxy: Running) -> None:
+    running = on_serves_own_proxy
+    children = running.children()
+    body = {"prompt": "x", "max_tokens": 500, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=30) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        running.process.send_signal(signal.SIGTERM)
+        *_, done, _ = lines
+    assert done == "data: [DONE]"
+    assert wait_until_gone(running, children) == 0
 
 
 def test_the_help_names_every_command() -> None:

@@ -1,5 +1,6 @@
 """The trainer on a model of a few thousand weights: it learns, it resumes to the bit, and it only guides."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +12,25 @@ from model.attention.dense import DenseCausalAttention
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.errors import ConfigError
-from model.training.batches import DRILL_WEIGHT, RECALL_WEIGHT, USER_WEIGHT, BatchStream, Collator
+from model.training.batches import DRILL_WEIGHT, NO_OPTION, RECALL_WEIGHT, USER_WEIGHT, BatchStream, Collator
 from model.training.curriculum import Stage
 from model.training.documents import Author
-from model.training.guidance import BINDING, HOLDER_RECALL, PLACE_RECALL, GuidedAttention, favour_matching
-from model.training.pretrain import TrainConfig, Trainer, main
+from model.training.guidance import (
+    BINDING,
+    CHOICE,
+    HOLDER_RECALL,
+    NOWHERE,
+    PLACE_RECALL,
+    GuidedAttention,
+    favour_matching,
+)
+from model.training.pretrain import EVENNESS, TrainConfig, Trainer, choice_losses, main
 
 TINY = ModelConfig(
     vocab_size=2048,
     hidden_size=32,
     intermediate_size=48,
-    num_layers=3,
+    num_layers=4,
     num_heads=4,
     num_kv_heads=2,
     head_dim=16,
@@ -92,7 +101,7 @@ def test_guidance_measures_without_changing_the_output() -> None:
     for sequence, source, target in ((1, 4, 3), (0, 2, 0)):
         query, keys = q[sequence * 6 + source, 2], k[sequence * 6 : sequence * 6 + source + 1, 1]
         expected.append(-((keys @ query) / 8**0.5).softmax(0)[target].log())
-    torch.testing.assert_close(guided.loss(), torch.stack(expected).mean())
+    torch.testing.assert_close(guided.loss(), torch.stack(expected).mean())  # one head, so the sum is its mean
 
 
 def test_fresh_keys_match_the_queries_of_their_groups_first_head() -> None:
@@ -111,6 +120,34 @@ def test_targets_point_from_the_word_before_an_answer_to_its_evidence(vocabulary
         assert batch.token_ids[row, binder[0]] == batch.token_ids[row, source + 1]
     for row, source, target in batch.targets[PLACE_RECALL].tolist():
         assert batch.token_ids[row, target] == batch.token_ids[row, source + 1]
+
+
+def test_a_choice_has_all_its_options_and_looks_where_the_text_has_them(vocabulary: Tokenizer) -> None:
+    documents = [Author(seed).write("plain") for seed in range(8)]
+    batch = Collator(vocabulary).collate(documents)
+    looks = {(row, at): to for row, at, *to in batch.targets[CHOICE[0]].tolist()}
+    assert len(batch.choices) > 100
+    for (row, position), options in zip(batch.choices.tolist(), batch.options.tolist(), strict=True):
+        real = {option for option in options if option != NO_OPTION}
+        assert batch.token_ids[row, position].item() in real
+        assert {batch.token_ids[row, to].item() for to in looks[row, position - 1] if to != NOWHERE} == real
+
+
+def test_a_choice_costs_little_when_nothing_else_can_come() -> None:
+    options = torch.tensor([[2, 3, NO_OPTION]])
+    even, biased, stray = (
+        choice_losses(torch.tensor([row]), options).item()
+        for row in ([-30.0, -30.0, 5.0, 5.0], [-30.0, -30.0, 7.0, 5.0], [5.0, -30.0, 5.0, 5.0])
+    )
+    assert even == pytest.approx(EVENNESS * math.log(2))
+    assert even < biased < 2 * even < stray
+
+
+def test_guidance_counts_the_weight_on_any_of_several_targets() -> None:
+    q, k, v = torch.zeros(5, 4, 8), torch.zeros(5, 2, 8), torch.zeros(5, 2, 8)
+    guided = GuidedAttention(1, 5, {(0, 0): torch.tensor([[0, 3, 0, 2], [0, 3, 1, NOWHERE]])})
+    guided(0, q, k, v)  # all weights are even: 2 of 4 positions, then 1 of 4
+    assert guided.loss().item() == pytest.approx((math.log(2) + math.log(4)) / 2)
 
 
 def test_weights_favour_recalls_and_spare_the_user(vocabulary: Tokenizer) -> None:

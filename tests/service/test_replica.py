@@ -1,0 +1,135 @@
+"""An engine replica with a real engine, in this process."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from model.sampling.params import SamplingParams
+from service import replica as replica_module
+from service.channel import Accepted, Output, Refused, Submission
+from service.replica import EngineReplica
+
+OPTIONS: dict[str, Any] = {
+    "dtype": "fp32",
+    "device": "cpu",
+    "max_num_seqs": 4,
+    "kv_cache_tokens": 4096,
+    "num_threads": 1,
+}
+
+
+def submission(name: str, *, max_tokens: int = 5, output_ids: tuple[int, ...] = (), prompt: int = 3) -> Submission:
+    params = SamplingParams(max_tokens=max_tokens, seed=1, ignore_eos=True)
+    return Submission(name, [5] * prompt, params, list(output_ids), bool(output_ids))
+
+
+@pytest.fixture
+async def replica(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EngineReplica]:
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
+    monkeypatch.setattr(replica_module.serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(replica_module, "WATCH_PERIOD_S", 0.01)
+    replica = EngineReplica(str(tiny_model), "tiny", OPTIONS, max_waiting=2)
+    yield replica
+    replica.__del__()
+
+
+async def read(channel: AsyncIterator[list[Output]], until_finished: int) -> dict[str, list[int]]:
+    """Tokens by request, until that many requests have finished."""
+    tokens: dict[str, list[int]] = {}
+    finished = 0
+    async with asyncio.timeout(20):
+        async for outputs in channel:
+            for request_id, token_ids, reason, _ in outputs:
+                tokens.setdefault(request_id, []).extend(token_ids)
+                finished += reason is not None
+            if finished == until_finished:
+                break
+    return tokens
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def sample(replica: EngineReplica, name: str) -> float:
+    lines = replica._metrics.expose().splitlines()
+    return float(next(line for line in lines if line.startswith(f"attendant_{name}{{")).split()[-1])
+
+
+async def test_outputs_that_came_before_the_channel_was_opened_are_not_lost(replica: EngineReplica) -> None:
+    assert await replica.submit("c", [submission("a")], {}) == Accepted("r1")
+    await until(lambda: not replica._owners)
+    assert len((await read(replica.channel("c", "r1"), 1))["a"]) == 5
+
+
+async def test_one_channel_carries_all_requests_of_its_ingress_and_no_others(replica: EngineReplica) -> None:
+    await replica.submit("mine", [submission("a"), submission("b")], {})
+    await replica.submit("theirs", [submission("c")], {})
+    assert set(await read(replica.channel("mine", "r1"), 2)) == {"a", "b"}
+
+
+async def test_a_resumed_request_goes_on_where_it_stopped(replica: EngineReplica) -> None:
+    await replica.submit("c", [submission("whole", max_tokens=8)], {})
+    whole = (await read(replica.channel("c", "r1"), 1))["whole"]
+    await replica.submit("d", [submission("rest", max_tokens=8, output_ids=tuple(whole[:3]))], {})
+    assert (await read(replica.channel("d", "r1"), 1))["rest"] == whole[3:]
+
+
+async def test_the_end_of_a_channel_frees_what_its_ingress_had_running(replica: EngineReplica) -> None:
+    await replica.submit("c", [submission("a", max_tokens=1000)], {})
+    channel = replica.channel("c", "r1")
+    await anext(channel)
+    await channel.aclose()
+    await until(lambda: sample(replica, "num_requests_running") == 0)
+    assert sample(replica, "kv_cache_usage_ratio") == 0
+    assert not replica._owners
+
+
+async def test_an_ingress_that_falls_silent_is_forgotten(
+    replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica_module, "SILENCE_LIMIT_S", 0.0)
+    await replica.submit("c", [submission("a", max_tokens=1000)], {})
+    await until(lambda: not replica._outboxes and not replica._owners)
+    await until(lambda: sample(replica, "num_requests_running") == 0)
+
+
+async def test_a_full_replica_refuses_and_starts_nothing(replica: EngineReplica) -> None:
+    await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(6)], {})
+    refused = await replica.submit("c", [submission("late")], {})
+    assert isinstance(refused, Refused)
+    assert refused.kind == "overloaded"
+    assert "late" not in replica._owners
+
+
+async def test_a_stream_that_lost_its_replica_is_taken_by_a_full_one(replica: EngineReplica) -> None:
+    await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(6)], {})
+    assert await replica.submit("c", [submission("moved", output_ids=(7,))], {}) == Accepted("r1")
+
+
+async def test_one_bad_request_of_several_starts_none_of_them(replica: EngineReplica) -> None:
+    refused = await replica.submit("c", [submission("good"), submission("long", prompt=2000)], {})
+    assert isinstance(refused, Refused)
+    assert (refused.kind, refused.param) == ("invalid", "prompt")
+    assert not replica._owners
+
+
+async def test_a_dead_engine_ends_the_channels_and_fails_the_health_check(replica: EngineReplica) -> None:
+    await replica.submit("c", [submission("a", max_tokens=1000)], {})
+    channel = replica.channel("c", "r1")
+    await anext(channel)
+    replica._loop.stop()
+    async with asyncio.timeout(20):
+        async for _ in channel:
+            pass
+    with pytest.raises(RuntimeError, match="engine thread is dead"):
+        replica.check_health()
+    refused = await replica.submit("c", [submission("b")], {})
+    assert isinstance(refused, Refused)
+    assert refused.kind == "failed"
