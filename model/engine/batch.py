@@ -19,7 +19,8 @@ class Batch:
 
     token_ids, positions: [num_tokens].
     sample_rows: [num_samples]: the rows whose logits give tokens: of each sampling request the last ones.
-    sampling: the request of each sample; sample_positions: where the sampled token will stand.
+    sampling: the request of each sample; sample_positions: where the sampled token will stand; guesses: what the
+        request's next sample takes it to be, None for the last one.
     """
 
     token_ids: Tensor
@@ -28,6 +29,7 @@ class Batch:
     sample_rows: Tensor
     sampling: Sequence[Request]
     sample_positions: Sequence[int]
+    guesses: Sequence[int | None]
 
 
 def decodes_first(step: ScheduledStep) -> ScheduledStep:
@@ -59,5 +61,6 @@ def stage(step: ScheduledStep, block_size: int, device: torch.device) -> Batch:
         plan=plan,
         sample_rows=torch.from_numpy(sample_rows).to(device),
         sampling=[item.request for item in scheduled for _ in range(item.num_samples)],
+        guesses=[guess for item in scheduled if item.num_samples for guess in (*item.draft_ids, None)],
         sample_positions=(positions[sample_rows] + 1).tolist(),
     )

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from model.cache.prefix import ROOT, chain
+from model.errors import InvalidRequest
 from model.sampling.params import SamplingParams
 from model.sampling.result import TokenLogprobs
+
+if TYPE_CHECKING:
+    from model.sampling.grammar import Grammar
 
 FinishReason = Literal["stop", "length", "deadline", "error"]
 
@@ -38,6 +42,8 @@ class Request:
     priority: lower goes first, and is preempted last; among equals, who came first.
     deadline: on the clock of `time.monotonic`; the request ends then, wherever it is.
     cache_salt: prefixes are shared only between requests of one salt.
+    grammar: what the output is held to. It decides when the completion may end, so `ignore_eos` and `min_tokens` are
+        refused beside it (`InvalidRequest`), and so are `output_ids` that it does not allow (`GrammarError`).
     leader: a request with the same prompt, whose prompt this one waits for, to share it from the cache.
     """
 
@@ -50,6 +56,7 @@ class Request:
         "draft_credit",
         "draft_ids",
         "draft_index",
+        "grammar",
         "leader",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -72,13 +79,20 @@ class Request:
         priority: int = 0,
         deadline: float | None = None,
         cache_salt: str = "",
+        grammar: "Grammar | None" = None,
         leader: "Request | None" = None,
     ) -> None:
+        if grammar is not None and (params.ignore_eos or params.min_tokens):
+            name = "ignore_eos" if params.ignore_eos else "min_tokens"
+            raise InvalidRequest(f"{name} contradicts the grammar, which says where the output ends", param=name)
+        if grammar is not None and output_ids:
+            grammar.start(output_ids)  # raises here, in the caller's thread, if it could not have said that
         self.request_id = request_id
         self.params = params
         self.priority = priority
         self.deadline = deadline
         self.cache_salt = cache_salt
+        self.grammar = grammar
         self.leader = leader
         self.num_prompt_tokens = len(prompt_ids)
         self.token_ids = [*prompt_ids, *output_ids]

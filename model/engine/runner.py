@@ -55,11 +55,13 @@ class Runner:
         if not batch.sampling:
             return NOTHING
         rows = [self._sampler_row(request) for request in batch.sampling]
-        return self.sampler.sample(forwarded.logits, rows, batch.sample_positions)
+        return self.sampler.sample(forwarded.logits, rows, batch.sample_positions, batch.guesses)
 
     def _sampler_row(self, request: Request) -> int:
         if request.sampler_row is None:
-            request.sampler_row = self.sampler.attach(request.params, request.token_ids, request.num_prompt_tokens)
+            request.sampler_row = self.sampler.attach(
+                request.params, request.token_ids, request.num_prompt_tokens, request.grammar
+            )
         return request.sampler_row
 
     def _score_prompts(self, step: ScheduledStep, hidden: Tensor) -> None:

@@ -21,12 +21,10 @@ if TYPE_CHECKING:
 class GrammarState:
     """One request's place in its grammar. Belongs to the engine's thread; made by `Grammar.start`."""
 
-    __slots__ = ("_past_end", "matcher")
+    __slots__ = ("matcher",)
 
-    def __init__(self, matcher: "LLMatcher", past_end: int = 0) -> None:
+    def __init__(self, matcher: "LLMatcher") -> None:
         self.matcher = matcher
-        # End-of-sequence tokens that met a finished grammar: the library takes them, but does not count them.
-        self._past_end = past_end
 
     @property
     def finished(self) -> bool:
@@ -35,25 +33,16 @@ class GrammarState:
 
     def accept(self, token_id: int) -> None:
         """Go on by one token. Raises `GrammarError` for one that the mask forbids: the request is then to end."""
-        finished = self.finished
         try:
             accepted = self.matcher.consume_token(token_id)
         except OverflowError as error:  # negative, or past 32 bits: not a token of any vocabulary
             raise GrammarError(f"the grammar cannot go on: {token_id} is no token") from error
         if not accepted:
             raise GrammarError(f"the grammar cannot go on: {reason(self.matcher)}")
-        self._past_end += finished
-
-    def rollback(self, num_tokens: int) -> None:
-        """Take back the last tokens, an end-of-sequence token too: they were only proposed. Raises `GrammarError`."""
-        uncounted = min(num_tokens, self._past_end)
-        if not self.matcher.rollback(num_tokens - uncounted):
-            raise GrammarError(f"the grammar cannot go back {num_tokens} tokens: {reason(self.matcher)}")
-        self._past_end -= uncounted
 
     def clone(self) -> "GrammarState":
         """A state of its own at the same place, for another continuation of the same output."""
-        return GrammarState(self.matcher.deep_copy(), self._past_end)
+        return GrammarState(self.matcher.deep_copy())
 
 
 def new_bitmask(num_rows: int, vocab_size: int) -> Tensor:

@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.sampling.constraints import Constraints
 from model.sampling.draw import draw, drop_unlikely, keyed_uniforms, truncate
+from model.sampling.grammar import Grammar
 from model.sampling.logprobs import token_logprobs
 from model.sampling.params import SamplingParams
 from model.sampling.penalties import Penalties
@@ -45,9 +47,16 @@ class Sampler:
         self._params: list[SamplingParams] = []
         self._free: list[int] = []
         self._penalties = Penalties(vocab_size, device)
+        self._constraints = Constraints()
 
-    def attach(self, params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int) -> int:
-        """Write a request's parameters into a row; its tokens so far matter for the penalties alone."""
+    def attach(
+        self,
+        params: SamplingParams,
+        token_ids: Sequence[int],
+        num_prompt_tokens: int,
+        grammar: Grammar | None = None,
+    ) -> int:
+        """Write a request's parameters into a row; its tokens so far matter for penalties and grammar alone."""
         if not self._free:
             self._grow()
         row = self._free.pop()
@@ -63,23 +72,32 @@ class Sampler:
             bool(params.logit_bias or params.min_tokens),
             NO_ROW if params.logprobs is None else params.logprobs,
         )
+        if grammar is not None:
+            self._constraints.attach(row, grammar, token_ids[num_prompt_tokens:])
         return row
 
     def detach(self, row: int) -> None:
         """The row's request is not running any more."""
         if (penalized := int(self._rows["penalties"][row])) != NO_ROW:
             self._penalties.detach(penalized)
+        self._constraints.detach(row)
         self._free.append(row)
 
-    def sample(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Sampled:
-        """logits: [n, vocab_size]; for each its request's row and the position of the token to be sampled.
+    def sample(
+        self, logits: Tensor, rows: Sequence[int], positions: Sequence[int], guesses: Sequence[int | None]
+    ) -> Sampled:
+        """logits: [n, vocab_size]; for each its request's row, the position of the token to be sampled, and the guess
+        that the next of the request's samples stands behind (None for its last).
 
-        A request that is penalized has one row of logits in a step; others may have several, at as many positions.
+        A request that is penalized has one sample in a step; others may have several, at positions in a row.
         """
         index = np.asarray(rows)
         at = np.asarray(positions)
         wanted = self._rows[index]
         adjusted = self._adjust(logits, index, at, wanted)
+        constrained = self._constraints.rows(rows)
+        if constrained:
+            adjusted = self._constraints.mask(adjusted, constrained, rows, guesses)
         # A row's largest logit is finite unless one is NaN (which `amax` passes on) or +inf, or all are -inf.
         usable = adjusted.amax(dim=-1).isfinite()
         spoiled = (~usable).nonzero().flatten().tolist()
@@ -88,8 +106,8 @@ class Sampler:
         chosen = self._choose(adjusted, at, wanted)
         self._observe(chosen, wanted)
         token_ids: list[int | None] = chosen.tolist()
-        for row in spoiled:
-            token_ids[row] = None
+        for i in (*spoiled, *self._constraints.accept(constrained, rows, guesses, token_ids)):
+            token_ids[i] = None
         return Sampled(token_ids, self._logprobs(logits, chosen, wanted))
 
     def _adjust(

@@ -223,18 +223,6 @@ def test_an_output_resumed_elsewhere_goes_on_as_if_uninterrupted(cut, compiler, 
     assert speak(grammar.start(whole[:cut]), logits, whole[:cut]) == whole
 
 
-@pytest.mark.parametrize("proposed", ["", "b", "bab"])
-def test_proposals_taken_back_leave_no_trace_even_past_the_end(proposed, compiler, tokenizer):
-    state = compiler.compile(GrammarSpec("regex", "(ab){1,2}")).start(ids_of(tokenizer, "a"))
-    before = allowed(state, compiler.vocab_size)
-    tokens = [token_id for character in proposed for token_id in ids_of(tokenizer, character)]
-    tokens += [EOS] if proposed else []
-    for token_id in tokens:
-        state.accept(token_id)
-    state.rollback(len(tokens))
-    assert torch.equal(allowed(state, compiler.vocab_size), before)
-
-
 def test_a_clone_goes_its_own_way(compiler, tokenizer):
     state = compiler.compile(GrammarSpec("regex", "ab|cd")).start()
     clone = state.clone()

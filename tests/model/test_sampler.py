@@ -30,7 +30,8 @@ def new_sampler(vocabulary: int = VOCABULARY) -> Sampler:
 def sample(logits: torch.Tensor, rows: list[SamplingParams], positions: list[int]) -> Sampled:
     """Each row a request with the same prompt."""
     sampler = new_sampler(logits.shape[-1])
-    return sampler.sample(logits, [sampler.attach(p, PROMPT, len(PROMPT)) for p in rows], positions)
+    attached = [sampler.attach(p, PROMPT, len(PROMPT)) for p in rows]
+    return sampler.sample(logits, attached, positions, [None] * len(rows))
 
 
 def reference_distribution(
@@ -93,7 +94,7 @@ def test_20000_draws_follow_the_textbook_distribution(p):
     position = len(PROMPT) + len(output)
     for first in range(0, draws, batch):
         rows = [sampler.attach(q, [*PROMPT, *output], len(PROMPT)) for q in seeded[first : first + batch]]
-        ids = sampler.sample(logits.expand(batch, -1), rows, [position] * batch).token_ids
+        ids = sampler.sample(logits.expand(batch, -1), rows, [position] * batch, [None] * batch).token_ids
         counts += torch.tensor(ids).bincount(minlength=VOCABULARY)
         for row in rows:
             sampler.detach(row)
@@ -122,12 +123,12 @@ def test_penalties_see_every_token_as_it_comes():
     for _ in range(40):
         scores = [math.log(x) if x else -math.inf for x in reference_distribution(
             logits.tolist(), SamplingParams(**{**p.__dict__, "temperature": 1.0}), PROMPT, output)]  # fmt: skip
-        (token_id,) = sampler.sample(logits[None], [row], [len(PROMPT) + len(output)]).token_ids
+        (token_id,) = sampler.sample(logits[None], [row], [len(PROMPT) + len(output)], [None]).token_ids
         assert token_id == max(range(VOCABULARY), key=scores.__getitem__)
         output.append(token_id)
     assert len(set(output)) > 4
     resumed = sampler.attach(p, [*PROMPT, *output], len(PROMPT))
-    again, other = sampler.sample(logits.expand(2, -1), [row, resumed], [50, 50]).token_ids
+    again, other = sampler.sample(logits.expand(2, -1), [row, resumed], [50, 50], [None, None]).token_ids
     assert again == other
 
 
@@ -135,11 +136,11 @@ def test_a_freed_row_keeps_nothing_of_the_request_before():
     logits = torch.randn(1, VOCABULARY)
     sampler = new_sampler()
     old = sampler.attach(params(temperature=0.0, frequency_penalty=2.0, logit_bias={5: 100.0}), PROMPT, 3)
-    sampler.sample(logits, [old], [3])
+    sampler.sample(logits, [old], [3], [None])
     sampler.detach(old)
     fresh = sampler.attach(params(temperature=0.0, frequency_penalty=2.0), PROMPT, 3)
     assert fresh == old
-    assert sampler.sample(logits, [fresh], [3]).token_ids == [logits.argmax().item()]
+    assert sampler.sample(logits, [fresh], [3], [None]).token_ids == [logits.argmax().item()]
 
 
 def test_nothing_that_ends_the_completion_is_sampled_before_min_tokens():
