@@ -122,6 +122,30 @@ async def test_text_ends_before_a_stop_string_and_the_engine_is_stopped(
     assert text == "Once upon a time"
 
 
+async def test_text_held_back_for_a_stop_string_that_never_comes_is_shown_at_the_end(api: httpx.AsyncClient) -> None:
+    (choice,) = (await complete(api, stop="fox. The end")).json()["choices"]
+    assert choice["text"] == TEXT
+
+
+async def test_a_choice_that_met_its_stop_string_is_aborted_while_the_others_go_on(
+    api: httpx.AsyncClient, service: Service
+) -> None:
+    fleet = fleet_of(service)
+    ids, fleet.ids = fleet.ids, []  # type: ignore[attr-defined]  # this test speaks for the engine
+    answering = asyncio.create_task(complete(api, n=2, stop=" time"))
+    a = fleet.replicas["a"]
+    async with asyncio.timeout(5):
+        while not a.submitted:
+            await asyncio.sleep(0)
+        a.say(0, *ids)
+        a.say(1, ids[0])
+        while not a.aborted:
+            await asyncio.sleep(0)
+        assert a.aborted == [a.submitted[0].request_id]
+        a.say(1, finish_reason="stop")
+    assert [choice["finish_reason"] for choice in (await answering).json()["choices"]] == ["stop", "stop"]
+
+
 async def test_choices_of_several_prompts_are_indexed_prompt_by_prompt(api: httpx.AsyncClient) -> None:
     body = (await complete(api, prompt=["a", "b"], n=2)).json()
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
@@ -167,7 +191,8 @@ async def test_a_body_that_is_not_json_is_refused(api: httpx.AsyncClient, body: 
 
 
 async def test_a_body_of_another_kind_is_refused(api: httpx.AsyncClient) -> None:
-    refusal(await api.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"}), 400)
+    answer = await api.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"})
+    assert "content-type" in refusal(answer, 400)["message"]
 
 
 async def test_a_body_over_the_limit_is_refused(api: httpx.AsyncClient) -> None:
