@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.training.documents import ASSISTANT, EOS, USER, Author, Document, Form
 from model.training.guidance import BINDING, CHOICE, HOLDER_RECALL, NOWHERE, PLACE_RECALL, Head
-from model.training.world import NAMES, OBJECTS, PLACES
+from model.training.world import KINDS, NAMES, OBJECTS, PLACES
 
 # What a token is worth in the loss. A user's words are not the model's to predict, and a drill teaches only recall;
 # both keep a little weight, so that the embeddings of all words learn from all text.
@@ -63,7 +63,7 @@ class Collator:
         self.tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab()
         self.user, self.assistant, self.pad = (vocabulary[token] for token in (USER, ASSISTANT, EOS))
-        self.words = {word: self.word(word) for word in (*NAMES, *OBJECTS, *PLACES)}
+        self.words = {word: self.word(word) for word in (*NAMES, *KINDS, *OBJECTS, *PLACES)}
         self.names = {self.words[name] for name in NAMES}
         self.bound = {self.words[word] for word in (*OBJECTS, *PLACES)}
         self.terminals = {i for token, i in vocabulary.items() if token[0] in '.?!<"' or token[-1] in ".?!"}
@@ -96,7 +96,7 @@ class Collator:
                 weights[row, answer] = RECALL_WEIGHT
             for choice in document.story.choices:
                 drawn = token_at(encoding, choice.at)
-                for head in CHOICE:
+                for head in CHOICE if choice.sources else ():
                     targets[head].append((row, drawn - 1, *(token_at(encoding, s) for s in choice.sources)))
                 choices.append((row, drawn))
                 options.append([self.words[word] for word in choice.options])

@@ -1,4 +1,7 @@
-"""The model card: what the model is, how it was made, and how good it is, written from the files beside it."""
+"""The model card: what the model is, how it was made, and how good it is, written from the files beside it.
+
+A `history` in recipe.json, a list of paragraphs, is printed too: whoever changes the recipe under a run says so there.
+"""
 
 import csv
 import json
@@ -41,8 +44,8 @@ no such character ever holds such an object. The tokenizer is byte-level BPE wit
 `attendant train --out runs/storyteller --seed {recipe[seed]}`: AdamW, {recipe[steps]:,} steps of about
 {recipe[tokens_per_batch]:,} tokens, peak rate {recipe[peak_rate]}, held for {recipe[hold]} steps, then a cosine to 1 %.
 The curriculum (`model/training/curriculum.py`) goes from drills in recall to stories of 700 tokens. An auxiliary loss
-guides three attention heads to where the generator knows the evidence to be (`model/training/guidance.py`); it fades
-with the learning rate and leaves an ordinary Llama.
+guides five attention heads to where the generator knows the evidence to be (`model/training/guidance.py`); it fades
+with the learning rate and leaves an ordinary Llama.{history}
 
 {tokens:.1f} million tokens in {minutes:.0f} minutes of training on two CPU cores; last training loss {loss:.3f}
 (weighted, over the last 50 steps). The curve is in `loss.csv` and `loss.png`.
@@ -81,6 +84,7 @@ def write_card(directory: Path, report: Report) -> None:
     with (directory / "loss.csv").open() as file:
         curve = list(csv.DictReader(file))
     last = curve[-50:]
+    recipe = json.loads((directory / RECIPE).read_text())
     (directory / "README.md").write_text(
         CARD.format(
             layers=config["num_hidden_layers"],
@@ -93,7 +97,8 @@ def write_card(directory: Path, report: Report) -> None:
             places=len(PLACES),
             share=HELD_OUT_SHARE,
             documents=NUM_DOCUMENTS,
-            recipe=json.loads((directory / RECIPE).read_text()),
+            recipe=recipe,
+            history="".join(f"\n\n{note}" for note in recipe.get("history", ())),
             tokens=float(curve[-1]["tokens"]) / 1e6,
             minutes=float(curve[-1]["seconds"]) / 60,
             loss=sum(float(point["loss"]) for point in last) / len(last),

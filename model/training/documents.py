@@ -112,6 +112,10 @@ class Author:
         named = rng.choice([with_article(kind), with_article(kind), f"{with_article(kind)} named {hero}", hero])
         request = rng.choice(REQUESTS).format(size=LENGTH_WORDS[form], subject=f"{named} and {with_article(main)}")
         document = Document(Story(f"{BOS}{USER}{request}{ASSISTANT}"))
+        subject = document.text.index(" about ")
+        for word in (hero, kind, main):
+            if word in named.split() or word == main:
+                document.story.asked[word] = document.text.index(f" {word}", subject) + 1
         self.tell(document, form, hero, kind, main)
         document.story.text += EOS
         self.ask(document, f"{USER}{{question}}{ASSISTANT}{{answer}}{EOS}", rng.randint(0, 5))

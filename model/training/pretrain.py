@@ -43,7 +43,7 @@ class TrainConfig:
     """
 
     out: Path
-    steps: int = 3400
+    steps: int = 3800
     tokens_per_batch: int = 4096
     peak_rate: float = 2e-3
     warm_up: int = 100

@@ -10,7 +10,7 @@ from random import Random
 from typing import Literal
 
 from model.training.frames import FRAMES, Event, Frame, friends_phrase
-from model.training.world import ADJECTIVES, NAMES, OBJECTS, PLACES, held_out, with_article
+from model.training.world import ADJECTIVES, NAMES, OBJECTS, PLACES, article, held_out, with_article
 
 Split = Literal["train", "held_out"]
 Options = Mapping[str, Sequence[str]]
@@ -32,12 +32,12 @@ class Recall:
 
 @dataclass(frozen=True)
 class Choice:
-    """A word that was drawn, with equal chances, from words of the text so far. Positions as in `Recall`.
+    """A word that was drawn, with equal chances. Positions as in `Recall`.
 
-    at: where the drawn word starts; options: all that might have stood there; sources: where the text has them.
+    at: where the drawn word starts; options: all that might have stood there; sources: where the text so far has them,
+    none if they come from outside it.
     """
 
-    of: Literal["character", "object"]
     at: int
     options: tuple[str, ...]
     sources: tuple[int, ...]
@@ -69,6 +69,7 @@ class Story:
     recalls: list[Recall] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     introduced: dict[str, int] = field(default_factory=dict)  # where each character is first named
+    asked: dict[str, int] = field(default_factory=dict)  # where the request names hero, kind and object
     # Where the last sentence about an object's owner has the object, and the last one about a mover has the place.
     object_seen: dict[str, int] = field(default_factory=dict)
     place_seen: dict[str, int] = field(default_factory=dict)
@@ -99,23 +100,30 @@ class Story:
         self.note_facts(frame.event, slots, starts)
 
     def note_choices(self, options: Options, starts: dict[str, list[int]]) -> None:
-        """Note what each slot was drawn from, if the sentence has the slot and the story introduced its cast."""
+        """Note what each slot of the sentence was drawn from."""
         for slot, words in options.items():
-            where = self.object_seen if slot == "o" else self.introduced
-            if slot in starts and all(word in where for word in words):
-                sources = tuple(where[word] for word in words)
-                self.choices.append(
-                    Choice("object" if slot == "o" else "character", starts[slot][0], tuple(words), sources)
-                )
+            if slot in starts:
+                known = self.object_seen if slot == "o" else self.introduced
+                sources = tuple(known[word] for word in words if word in known)
+                self.choices.append(Choice(starts[slot][0], tuple(words), sources))
+
+    def choose(self, at: int, *words: str) -> None:
+        """Note a choice that is not a slot of its own. A word of the request is its source."""
+        self.choices.append(Choice(at, words, tuple(self.asked[word] for word in words if word in self.asked)))
 
     def note_facts(self, event: Event, slots: dict[str, str], starts: dict[str, list[int]]) -> None:
         """Note what the sentence recalls, then what it tells."""
         if event is Event.OPENING:
             self.introduced[slots["a"]] = starts["a"][0]
+            self.choose(starts["a"][0], *([self.hero] if self.hero in self.asked else NAMES))
+            if self.kind in self.asked:
+                self.choose(starts["who"][0] + slots["who"].index(" ") + 1, self.kind)
         if event is Event.FRIENDS:
             position = starts["friends"][0]
             for name in self.cast[1:]:
-                position = self.introduced[name] = self.text.index(name, position)
+                position = self.text.index(name, position)
+                self.choose(position, *(other for other in NAMES if other not in self.introduced))
+                self.introduced[name] = position
         thing = slots.get("o") or slots.get("thing", "").split(" ")[-1]
         if event in {Event.GIVE, Event.TAKE, Event.RECAP}:
             self.recalls.append(Recall("holder", starts["a"][0], self.object_seen[thing]))
@@ -178,8 +186,13 @@ class Storyteller:
 
     def find(self, story: Story, finder: str, thing: str, finders: Sequence[str]) -> None:
         """`finder`, one of `finders`, comes by `thing`, which is new to the story."""
-        phrase = thing if self.rng.random() < 0.5 else f"{self.rng.choice(ADJECTIVES)} {thing}"
-        story.say(self.frame(Event.FIND), {"a": finders}, a=finder, thing=with_article(phrase))
+        adjective = "" if self.rng.random() < 0.5 else f"{self.rng.choice(ADJECTIVES)} "
+        phrase = with_article(adjective + thing)
+        fitting = [other for other in OBJECTS if other not in story.holder and self.may_own(finder, other)]
+        if not adjective:
+            fitting = [other for other in fitting if article(other) == article(thing)]
+        story.say(self.frame(Event.FIND), {"a": finders}, a=finder, thing=phrase)
+        story.choose(story.object_seen[thing], *([thing] if thing in story.asked else fitting))
 
     def new_object(self, story: Story) -> bool:
         """Somebody finds an object that the story does not have yet."""
@@ -233,8 +246,8 @@ class Storyteller:
     def move(self, story: Story) -> bool:
         """A character goes to a place where it is not already."""
         mover = self.rng.choice(story.cast)
-        place = self.rng.choice([place for place in PLACES if place != story.place.get(mover)])
-        story.say(self.frame(Event.MOVE), {"a": story.cast}, a=mover, p=place)
+        places = [place for place in PLACES if place != story.place.get(mover)]
+        story.say(self.frame(Event.MOVE), {"a": story.cast, "p": places}, a=mover, p=self.rng.choice(places))
         return True
 
     def mood(self, story: Story) -> bool:

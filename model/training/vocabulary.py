@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from model.errors import AttendantError
 from model.training.documents import ASSISTANT, BOS, EOS, USER, Form, endless
-from model.training.world import NAMES, OBJECTS, PLACES
+from model.training.world import KINDS, NAMES, OBJECTS, PLACES
 
 SPECIAL_TOKENS = (BOS, EOS, USER, ASSISTANT)
 VOCAB_SIZE = 2048
@@ -65,9 +65,9 @@ def texts(seed: int) -> Iterator[str]:
 
 
 def check_single_tokens(tokenizer: Tokenizer) -> None:
-    """Names, objects and places stand for one token each, so that a lookup is one attention hop."""
+    """Names, kinds, objects and places stand for one token each, so that a lookup is one attention hop."""
     # `Ġ` is how byte-level BPE writes a leading space.
-    split = [word for word in (*NAMES, *OBJECTS, *PLACES) if tokenizer.token_to_id(f"Ġ{word}") is None]
+    split = [word for word in (*NAMES, *KINDS, *OBJECTS, *PLACES) if tokenizer.token_to_id(f"Ġ{word}") is None]
     if split:
         raise VocabularyError(f"{len(split)} words take more than one token, {split[0]!r} among them")
 

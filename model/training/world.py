@@ -4,6 +4,7 @@ Pools are large on purpose. With three hundred names and a fresh cast for every 
 nor remembering who usually owns what pays: the only way to know who has the lantern is to look it up in the text.
 """
 
+from functools import cache
 from hashlib import blake2b
 
 NAMES = tuple(
@@ -73,6 +74,7 @@ PLACES = tuple(
 HELD_OUT_SHARE = 8
 
 
+@cache  # of some fifty thousand pairs; a story asks about hundreds
 def held_out(name: str, thing: str) -> bool:
     """Whether the pair is kept for evaluation. A property of the pair alone, so no seed can leak it into training."""
     digest = blake2b(f"{name}/{thing}".encode(), digest_size=8).digest()
