@@ -225,7 +225,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     if config.threads:
         torch.set_num_threads(config.threads)
     config.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, train_tokenizer(config.seed))
+    trainer = Trainer(config, tokenizer_of(config))
     if config.resume:
         trainer.load()
     size = sum(parameter.numel() for parameter in trainer.decoder.parameters())
@@ -242,6 +242,12 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
                 trainer.save()
                 finish(trainer)
     return config.out / "model"
+
+
+def tokenizer_of(config: TrainConfig) -> Tokenizer:
+    """A fresh tokenizer; for a resumed run its own, since the weights know no other."""
+    file = config.out / "model" / "tokenizer.json"
+    return Tokenizer.from_file(str(file)) if config.resume and file.exists() else train_tokenizer(config.seed)
 
 
 def finish(trainer: Trainer) -> None:
