@@ -78,7 +78,11 @@ def check_port(address: Address) -> None:
 
 @contextmanager
 def _ray(data_plane: DataPlane, scratch: Path) -> Iterator[None]:
-    """A Ray of our own on the loopback interface, for as long as the block runs."""
+    """A Ray of our own, for as long as the block runs.
+
+    Its processes talk to one another on ports that listen on every interface, which cannot be changed; Ray asks for
+    a token there by default. The service's own address is the one that was asked for.
+    """
     os.environ.update(environment(data_plane, scratch))
     logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
@@ -86,7 +90,6 @@ def _ray(data_plane: DataPlane, scratch: Path) -> Iterator[None]:
     try:
         ray.init(
             address="local",  # never another Ray that happens to run on this machine
-            _node_ip_address="127.0.0.1",
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
