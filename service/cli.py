@@ -103,11 +103,11 @@ def train(context: typer.Context) -> None:
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
-def evaluate(context: typer.Context) -> None:
+def evaluate(context: typer.Context, model: Model = str(EMBEDDED)) -> None:
     """Score a model on held-out stories and questions."""
     from model.training import evaluate as evaluation
 
-    evaluation.main(context.args)
+    evaluation.main([str(resolve(model)), *context.args])
 
 
 @app.command()

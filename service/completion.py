@@ -203,11 +203,13 @@ class Completion:
                 raise piece.error
 
 
-async def encode(service: Service, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """Token ids of a text, without holding up the event loop for long ones."""
-    if len(text) <= LONG_TEXT:
-        return service.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return await asyncio.to_thread(service.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+async def encode(service: Service, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+    """Token ids of each text, without holding up the event loop when there is much to do."""
+
+    def work() -> list[list[int]]:
+        return [service.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
+    return work() if sum(map(len, texts)) <= LONG_TEXT else await asyncio.to_thread(work)
 
 
 def _sampling_params(fields: SamplingFields, max_tokens: int, seed: int) -> SamplingParams:

@@ -50,7 +50,8 @@ async def _render(service: Service, body: ChatRequest) -> list[int]:
         raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
     text = service.chat_template.render([message.for_template() for message in body.messages])
     # The template writes the special tokens itself.
-    return await encode(service, text, add_special_tokens=False)
+    (prompt,) = await encode(service, [text], add_special_tokens=False)
+    return prompt
 
 
 def _stream(

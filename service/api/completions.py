@@ -27,7 +27,7 @@ async def create_completion(request: Request) -> Response:
 
 
 async def _answer(service: Service, body: CompletionRequest) -> Response:
-    prompts = [prompt if isinstance(prompt, list) else await encode(service, prompt) for prompt in body.prompts]
+    prompts = body.token_prompts or await encode(service, body.texts)
     completion = await Completion.start(service, prompts, body, body.max_tokens or DEFAULT_MAX_TOKENS)
     envelope = {
         "id": f"cmpl-{uuid.uuid4().hex}",

@@ -113,16 +113,29 @@ class CompletionRequest(SamplingFields):
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
 
+    @model_validator(mode="after")
+    def _some_prompts(self) -> Self:
+        if self.prompt == []:
+            raise InvalidRequest("prompt must not be an empty list", param="prompt")
+        if len(self.texts) > MAX_CHOICES or len(self.token_prompts) > MAX_CHOICES:
+            raise InvalidRequest(f"at most {MAX_CHOICES} prompts are served in one request", param="prompt")
+        return self
+
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts one by one, as text or as token ids. Raises `InvalidRequest` when there is none."""
+    def texts(self) -> list[str]:
+        """The prompts one by one, when they came as text."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if not self.prompt:
-            raise InvalidRequest("prompt must not be an empty list", param="prompt")
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt
+        return [prompt for prompt in self.prompt if isinstance(prompt, str)]
+
+    @property
+    def token_prompts(self) -> list[list[int]]:
+        """The prompts one by one, when they came as token ids."""
+        if isinstance(self.prompt, str):
+            return []
+        lists = [prompt for prompt in self.prompt if isinstance(prompt, list)]
+        ids = [token_id for token_id in self.prompt if isinstance(token_id, int)]
+        return lists or ([ids] if ids else [])
 
 
 class TextPart(Strict):

@@ -65,8 +65,9 @@ def test_generate_takes_token_ids_where_there_is_no_tokenizer(tiny_model: Path, 
         (["generate", "--token-ids", "1,x"], "numbers"),
         (["generate", "hello", "--model", "/no/such/place"], "/no/such/place: no such model directory"),
         (["serve", "--model", "/no/such/place"], "/no/such/place: no such model directory"),
+        (["evaluate", "--model", "/no/such/place"], "/no/such/place: no such model directory"),
     ],
-    ids=["no prompt", "bad ids", "no model to run", "no model to serve"],
+    ids=["no prompt", "bad ids", "no model to run", "no model to serve", "no model to score"],
 )
 def test_a_wrong_command_is_refused_in_one_line(arguments: list[str], words: str) -> None:
     assert words in refusal(attendant(*arguments))

@@ -60,7 +60,7 @@ def test_a_chat_field_that_is_not_done_is_refused_by_name(field: str, value: obj
 
 @pytest.mark.parametrize("field", sorted(NO_OP_VALUES))
 def test_null_in_a_field_that_is_not_done_asks_for_nothing(field: str) -> None:
-    assert parse(CompletionRequest, {"prompt": "x", field: None}).prompts == ["x"]
+    assert parse(CompletionRequest, {"prompt": "x", field: None}).texts == ["x"]
 
 
 @pytest.mark.parametrize(("field", "values"), sorted(NO_OP_VALUES.items()))
@@ -140,11 +140,23 @@ def test_stream_options_without_a_stream_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "prompts"),
-    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+    ("prompt", "texts", "token_prompts"),
+    [
+        ("a", ["a"], []),
+        ("", [""], []),
+        (["a", "b"], ["a", "b"], []),
+        ([1, 2], [], [[1, 2]]),
+        ([[1], [2, 3]], [], [[1], [2, 3]]),
+    ],
 )
-def test_every_form_of_a_prompt_becomes_a_list_of_prompts(prompt: object, prompts: object) -> None:
-    assert parse(CompletionRequest, {"prompt": prompt}).prompts == prompts
+def test_every_form_of_a_prompt_becomes_a_list_of_prompts(prompt: object, texts: object, token_prompts: object) -> None:
+    body = parse(CompletionRequest, {"prompt": prompt})
+    assert (body.texts, body.token_prompts) == (texts, token_prompts)
+
+
+@pytest.mark.parametrize("prompt", [[], ["x"] * 129, [[1]] * 129], ids=["none", "texts", "token lists"])
+def test_no_prompt_and_too_many_prompts_are_refused(prompt: object) -> None:
+    assert refusal(CompletionRequest, prompt=prompt).param == "prompt"
 
 
 def test_text_parts_of_a_message_are_joined_for_the_template() -> None:
