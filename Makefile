@@ -10,13 +10,17 @@ ARGS     ?=
 HOST     ?= http://127.0.0.1:$(PORT)
 
 .DELETE_ON_ERROR:
-.PHONY: serve test check loadtest train evaluate lock clean
+.PHONY: serve test check coverage loadtest train evaluate lock clean
 
 serve: $(VENV)/.serve
 	@exec $(BIN)/attendant serve --model "$(MODEL)" --port $(PORT) --replicas $(REPLICAS) $(ARGS)
 
-test: check
+test: check coverage
 	$(BIN)/python -m pytest $(ARGS)
+
+coverage: $(VENV)/.test
+	$(BIN)/coverage run -m pytest --quiet tests/model/test_scheduler.py tests/invariants/test_scheduler_machine.py
+	$(BIN)/coverage report
 
 check: $(VENV)/.test $(VENV)/.train $(VENV)/.load
 	$(BIN)/ruff check .
