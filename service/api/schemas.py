@@ -54,6 +54,12 @@ NO_OP_VALUES: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
+# Fields of several forms, in words: pydantic would complain about one of the forms at random.
+FORMS = {
+    "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
+    "stop": f"a string of 1 to {MAX_STOP_LENGTH} characters, or a list of at most {MAX_STOP_STRINGS} of them",
+}
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
@@ -221,9 +227,9 @@ def _fault(error: ValidationError) -> InvalidRequest:
         return InvalidRequest(f"unknown field: {path}", param=path)
     if fault["type"] == "missing":
         return InvalidRequest(f"{path} is required", param=path)
-    if path.startswith("prompt"):
-        message = "prompt must be a string, a list of strings, a list of token ids, or a list of such lists"
-        return InvalidRequest(message, param="prompt")
+    field = path.split("[")[0]
+    if field in FORMS:
+        return InvalidRequest(f"{field} must be {FORMS[field]}", param=field)
     return InvalidRequest(f"{path}: {fault['msg']}", param=path)
 
 

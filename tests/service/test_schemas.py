@@ -120,6 +120,12 @@ def test_a_wrong_message_is_refused_by_its_place(messages: object, param: str) -
     assert refusal(ChatRequest, messages=messages).param == param
 
 
+def test_a_field_of_several_forms_is_refused_with_all_of_them() -> None:
+    assert "a string of 1 to 256 characters, or a list of at most 16" in str(
+        refusal(CompletionRequest, prompt="x", stop=3)
+    )
+
+
 def test_a_missing_prompt_is_named() -> None:
     error = refusal(CompletionRequest)
     assert (error.param, str(error)) == ("prompt", "prompt is required")
