@@ -134,7 +134,9 @@ class Collator:
 def padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
     """Rows of different lengths as one tensor, [rows, longest]."""
     width = max(map(len, rows), default=0)
-    return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], dtype=torch.long).view(-1, width)
+    return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows], dtype=torch.long).view(
+        len(rows), width
+    )
 
 
 def lookups(document: Document, encoding: Encoding) -> list[tuple[Head, int, int]]:

@@ -58,6 +58,7 @@ class Examiner:
         file = directory / "tokenizer.json"
         if not file.exists():
             raise CheckpointError(f"{file}: missing")
+        self.directory = directory
         self.tokenizer = Tokenizer.from_file(str(file))
         self.engine = Engine.from_checkpoint(directory, EngineConfig(dtype="fp32", device=device, max_num_seqs=32))
         self.decoder: Decoder = load_checkpoint(directory, device=self.engine.device)
