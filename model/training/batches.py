@@ -8,7 +8,7 @@ from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from model.training.documents import ASSISTANT, EOS, USER, Author, Document, Form
-from model.training.guidance import BINDING, CHOICE, HOLDER_RECALL, NOWHERE, PLACE_RECALL, Head
+from model.training.guidance import BINDING, CHOICE, HOLDER_RECALL, LENGTH, NOWHERE, PLACE_RECALL, Head
 from model.training.world import KINDS, NAMES, OBJECTS, PLACES
 
 # What a token is worth in the loss. A user's words are not the model's to predict, and a drill teaches only recall;
@@ -83,7 +83,7 @@ class Collator:
         choices: list[tuple[int, int]] = []
         options: list[list[int]] = []
         targets: dict[Head, list[tuple[int, ...]]] = {
-            head: [] for head in (BINDING, HOLDER_RECALL, PLACE_RECALL, *CHOICE)
+            head: [] for head in (BINDING, HOLDER_RECALL, PLACE_RECALL, LENGTH, *CHOICE)
         }
         for row, (document, encoding) in enumerate(zip(documents, encodings, strict=True)):
             ids = encoding.ids
@@ -94,6 +94,9 @@ class Collator:
                 targets[head].append((row, answer - 1, evidence))
                 recalls.append((row, answer))
                 weights[row, answer] = RECALL_WEIGHT
+            if (asked := document.story.length_asked) is not None:
+                length_word = token_at(encoding, asked)
+                targets[LENGTH] += [(row, token_at(encoding, end), length_word) for end in document.story.sentence_ends]
             for choice in document.story.choices:
                 drawn = token_at(encoding, choice.at)
                 for head in CHOICE if choice.sources else ():

@@ -24,7 +24,7 @@ CURRICULUM = (
     Stage({"drill": 1.0}, gate=0.90, min_steps=600),
     Stage({"drill": 0.3, "brief": 0.4, "plain": 0.3}, gate=0.93, min_steps=200),
     Stage({"drill": 0.15, "brief": 0.2, "plain": 0.35, "long": 0.3}, gate=0.93, min_steps=300),
-    Stage({"drill": 0.05, "brief": 0.1, "plain": 0.35, "long": 0.25, "longest": 0.25}, gate=2.0),  # the last: no exit
+    Stage({"drill": 0.05, "brief": 0.2, "plain": 0.4, "long": 0.2, "longest": 0.15}, gate=2.0),  # the last: no exit
 )
 
 

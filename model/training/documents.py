@@ -112,6 +112,8 @@ class Author:
         named = rng.choice([with_article(kind), with_article(kind), f"{with_article(kind)} named {hero}", hero])
         request = rng.choice(REQUESTS).format(size=LENGTH_WORDS[form], subject=f"{named} and {with_article(main)}")
         document = Document(Story(f"{BOS}{USER}{request}{ASSISTANT}"))
+        length = LENGTH_WORDS[form].split()[-1:] or ["story"]  # who asks for no length means one, too
+        document.story.length_asked = document.text.index(length[0])
         subject = document.text.index(" about ")
         for word in (hero, kind, main):
             if word in named.split() or word == main:

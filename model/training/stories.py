@@ -70,6 +70,8 @@ class Story:
     choices: list[Choice] = field(default_factory=list)
     introduced: dict[str, int] = field(default_factory=dict)  # where each character is first named
     asked: dict[str, int] = field(default_factory=dict)  # where the request names hero, kind and object
+    length_asked: int | None = None  # where the request says how long the story should be
+    sentence_ends: list[int] = field(default_factory=list)
     # Where the last sentence about an object's owner has the object, and the last one about a mover has the place.
     object_seen: dict[str, int] = field(default_factory=dict)
     place_seen: dict[str, int] = field(default_factory=dict)
@@ -96,6 +98,7 @@ class Story:
             if slot:
                 starts.setdefault(slot, []).append(len(self.text))
                 self.text += slots[slot]
+        self.sentence_ends.append(len(self.text) - 1)
         self.note_choices(options, starts)
         self.note_facts(frame.event, slots, starts)
 

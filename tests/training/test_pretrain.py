@@ -19,6 +19,7 @@ from model.training.guidance import (
     BINDING,
     CHOICE,
     HOLDER_RECALL,
+    LENGTH,
     NOWHERE,
     PLACE_RECALL,
     GuidedAttention,
@@ -149,6 +150,20 @@ def test_guidance_counts_the_weight_on_any_of_several_targets() -> None:
     guided = GuidedAttention(1, 5, {(0, 0): torch.tensor([[0, 3, 0, 2], [0, 3, 1, NOWHERE]])})
     guided(0, q, k, v)  # all weights are even: 2 of 4 positions, then 1 of 4
     assert guided.loss().item() == pytest.approx((math.log(2) + math.log(4)) / 2)
+
+
+def test_the_end_of_a_sentence_looks_at_how_long_a_story_was_asked_for(vocabulary: Tokenizer) -> None:
+    documents = [Author(5).chat("brief"), Author(5).chat("plain"), Author(5).plain("brief")]
+    batch = Collator(vocabulary).collate(documents)
+    looks = batch.targets[LENGTH].tolist()
+    assert [
+        {vocabulary.id_to_token(batch.token_ids[row, to]) for r, _, to in looks if r == row} for row in range(3)
+    ] == [
+        {"Ġshort"},
+        {"Ġstory"},
+        set(),
+    ]
+    assert {vocabulary.id_to_token(batch.token_ids[row, at]) for row, at, _ in looks} == {"."}
 
 
 def test_weights_favour_recalls_and_spare_the_user(vocabulary: Tokenizer) -> None:
