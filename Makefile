@@ -31,7 +31,7 @@ loadtest: $(VENV)/.load
 	$(BIN)/locust --config loadtest/locust.conf --host $(HOST) $(ARGS)
 
 train: $(VENV)/.train
-	$(BIN)/attendant train $(ARGS)
+	$(BIN)/attendant train --out runs/storyteller $(ARGS)
 
 evaluate: $(VENV)/.serve
 	$(BIN)/attendant evaluate --model "$(MODEL)" $(ARGS)

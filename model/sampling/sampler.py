@@ -98,15 +98,13 @@ class Sampler:
         constrained = self._constraints.rows(rows)
         if constrained:
             adjusted = self._constraints.mask(adjusted, constrained, rows, guesses)
-        # A row's largest logit is finite unless one is NaN (which `amax` passes on) or +inf, or all are -inf.
-        usable = adjusted.amax(dim=-1).isfinite()
-        spoiled = (~usable).nonzero().flatten().tolist()
-        if spoiled:
-            adjusted = torch.where(usable[:, None], adjusted, 0.0)
-        chosen = self._choose(adjusted, at, wanted)
+        chosen, usable = self._choose(adjusted, at, wanted)
         self._observe(chosen, wanted)
         token_ids: list[int | None] = chosen.tolist()
-        for i in (*spoiled, *self._constraints.accept(constrained, rows, guesses, token_ids)):
+        spoiled = (~usable).nonzero().flatten().tolist()
+        for i in spoiled:
+            token_ids[i] = None
+        for i in self._constraints.accept(constrained, rows, guesses, token_ids):
             token_ids[i] = None
         return Sampled(token_ids, self._logprobs(logits, chosen, wanted))
 
@@ -131,18 +129,25 @@ class Sampler:
             logits[which] = self._penalties.apply(logits[which], rows)
         return logits
 
-    def _choose(self, logits: Tensor, at: NDArray[np.int64], wanted: NDArray[np.void]) -> Tensor:
-        greedy = logits.argmax(dim=-1)
-        temperature = self._to_device(wanted["temperature"])
-        if not wanted["temperature"].any():
-            return greedy
-        scaled = logits.float() / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    def _choose(self, logits: Tensor, at: NDArray[np.int64], wanted: NDArray[np.void]) -> tuple[Tensor, Tensor]:
+        """Token ids, and which rows were of numbers; each row by its own temperature, 0 meaning greedy. Both [n]."""
+        drawing = wanted["temperature"] > 0
+        if not drawing.any():
+            return _greedy(logits)
+        if drawing.all():
+            return self._draw(logits, at, wanted)
+        ids, usable = _greedy(logits)
+        which = self._to_device(drawing.nonzero()[0])
+        ids[which], usable[which] = self._draw(logits[which], at[drawing], wanted[drawing])
+        return ids, usable
+
+    def _draw(self, logits: Tensor, at: NDArray[np.int64], wanted: NDArray[np.void]) -> tuple[Tensor, Tensor]:
+        scaled = logits.to(torch.float32, copy=True).div_(self._to_device(wanted["temperature"])[:, None])
         if wanted["min_p"].any():
             scaled = drop_unlikely(scaled, self._to_device(wanted["min_p"]))
         if wanted["top_k"].any() or (wanted["top_p"] < 1).any():
             scaled = truncate(scaled, self._to_device(wanted["top_k"]), self._to_device(wanted["top_p"]))
-        drawn = draw(scaled, self._to_device(keyed_uniforms(wanted["seed"], at.astype(np.uint64))))
-        return torch.where(temperature > 0, drawn, greedy)
+        return draw(scaled, self._to_device(keyed_uniforms(wanted["seed"], at.astype(np.uint64))))
 
     def _observe(self, token_ids: Tensor, wanted: NDArray[np.void]) -> None:
         penalized = wanted["penalties"] != NO_ROW
@@ -172,3 +177,9 @@ class Sampler:
         self._rows = np.concatenate([self._rows, np.zeros(new, dtype=_ROW)])
         self._params += [SamplingParams(max_tokens=1)] * new
         self._free += range(old + new - 1, old - 1, -1)
+
+
+def _greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row, and whether it is a number: `max` passes NaN on; all forbidden leaves -inf."""
+    values, ids = logits.max(dim=-1)
+    return ids, values.isfinite()

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -220,7 +221,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Path:
-    """Run to the end (or from where it was stopped), and export the model. Returns the model's directory."""
+    """Run to the end (or from where it was stopped), and export the model. Returns the model's directory.
+
+    Raises `ConfigError` without matplotlib, or for a device that is not there.
+    """
+    if find_spec("matplotlib") is None:  # now, and not after an hour's training
+        raise ConfigError("training draws its loss curve with matplotlib: pip install -r deploy/lock/train.txt")
     console = console or Console()
     if config.threads:
         torch.set_num_threads(config.threads)
