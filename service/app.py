@@ -23,6 +23,7 @@ class AppArgs(BaseModel):
 
     model: a Hugging Face directory; model_name: what clients call it, the directory's own name by default.
     max_waiting: requests that may wait in one replica beyond those that run; the next one gets a 429.
+    speculative_tokens: how far an engine guesses ahead; deterministic: the same bits whatever else runs, at a price.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -37,11 +38,13 @@ class AppArgs(BaseModel):
     kv_cache_tokens: Annotated[int, Field(ge=1)] | None = None
     max_waiting: Annotated[int, Field(ge=0)] = 256
     num_threads: Annotated[int, Field(ge=1)] | None = None
+    speculative_tokens: Annotated[int, Field(ge=0)] = 0
+    deterministic: bool = False
 
     @property
     def engine_options(self) -> dict[str, Any]:
         """What becomes of it in a replica: the arguments of `EngineConfig`."""
-        options = self.model_dump(include={"dtype", "device", "max_model_len", "max_num_seqs", "kv_cache_tokens"})
+        options = self.model_dump(exclude={"model", "model_name", "replicas", "max_waiting"})
         # Half of the cores compute; HTTP, text and Ray have the others. With both of 2 cores the embedded model gave
         # a third fewer tokens (docs/benchmarks.md).
         options["num_threads"] = self.num_threads or max(1, (os.cpu_count() or 2) // (2 * self.replicas))

@@ -41,6 +41,10 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and completion together.")] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at once in an engine.")] = 64,
     kv_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that an engine's cache holds.")] = None,
+    speculative_tokens: Annotated[int, typer.Option(min=0, help="Tokens to guess ahead from repeated text.")] = 0,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same tokens to the last bit in any batch. It costs speed.")
+    ] = False,
     data_plane: Annotated[
         DataPlane, typer.Option(help="How HTTP reaches the ingress: through HAProxy, or through Serve's own proxy.")
     ] = "haproxy",
@@ -57,6 +61,8 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         kv_cache_tokens=kv_cache_tokens,
+        speculative_tokens=speculative_tokens,
+        deterministic=deterministic,
     )
     run(args, Address(host, port), data_plane)
 
