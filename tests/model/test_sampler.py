@@ -193,6 +193,21 @@ def test_truncation_keeps_ties_and_always_one_token():
     assert kept.tolist() == [[False, True, True, False], [False, False, True, False]]
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 8.0], ids=["flat", "usual", "peaked"])
+def test_truncation_of_a_large_vocabulary_keeps_what_sorting_all_of_it_keeps(spread):
+    rows = [(0, 0.9), (5, 1.0), (600, 1.0), (600, 0.5), (40, 0.95), (0, 1.0), (0, 0.1), (1999, 0.999), (1, 0.2)]
+    logits = torch.randn(len(rows), 2000, generator=torch.Generator().manual_seed(4)) * spread
+    kept = truncate(logits, torch.tensor([k for k, _ in rows]), torch.tensor([p for _, p in rows])).isfinite()
+    for row, (top_k, top_p) in enumerate(rows):
+        num_kept = int(kept[row].sum())
+        if top_p == 1.0:
+            assert num_kept == (top_k or 2000)
+        else:
+            distribution = reference_distribution(logits[row].tolist(), params(top_k=top_k, top_p=top_p))
+            expected = sum(probability > 0 for probability in distribution)
+            assert abs(num_kept - expected) <= 1, (top_k, top_p)  # rounding may move the bar by one token
+
+
 @pytest.mark.parametrize(
     "fields",
     [
