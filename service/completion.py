@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from model.errors import InvalidRequest
-from model.sampling.params import SamplingParams
+from model.sampling.params import SamplingParams, sibling_seed
 from model.text.chat_template import ChatTemplate
 from model.text.detokenize import Detokenizer
 from model.text.tokenizer import Tokenizer
-from service.api.schemas import MAX_CHOICES, SamplingFields, choice_seed
+from service.api.schemas import MAX_CHOICES, SamplingFields
 from service.dispatch import Dispatcher
 from service.metrics import IngressMetrics
 from service.streams import Generation, Piece
@@ -112,7 +112,7 @@ class Completion:
         requests = []
         for ids in prompts:
             limit = max_tokens or max(1, info.max_model_len - len(ids))
-            requests += [(ids, _sampling_params(fields, limit, choice_seed(seed, choice))) for choice in range(n)]
+            requests += [(ids, _sampling_params(fields, limit, sibling_seed(seed, choice))) for choice in range(n)]
         generation = await service.dispatcher.open(requests)
         completion = cls(service, generation, prompts, fields.stop_strings, arrived)
         try:

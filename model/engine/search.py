@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from model.engine.engine import Engine
 from model.engine.request import FinishReason, Request, TokenOutput
-from model.sampling.params import SamplingParams
+from model.sampling.params import SamplingParams, sibling_seed
 from model.sampling.result import TokenLogprobs
 
 
@@ -21,12 +21,6 @@ class Completion:
     def mean_logprob(self) -> float:
         """By which completions of different lengths are compared."""
         return self.cumulative_logprob / max(len(self.token_ids), 1)
-
-
-def sibling_seed(seed: int, index: int) -> int:
-    """The seed of the `index`-th of several completions; the first keeps the request's own."""
-    mixed = (seed + index * 0x9E3779B97F4A7C15) & ((1 << 64) - 1)
-    return mixed - (1 << 64) if mixed >= 1 << 63 else mixed
 
 
 def best_of(engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, n: int, count: int) -> list[Completion]:

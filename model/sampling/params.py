@@ -76,3 +76,9 @@ class SamplingParams:
         if not low <= value <= top:
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"
             raise InvalidRequest(f"{f'{what} of ' if what else ''}{name} must be {bounds}, not {value}", param=name)
+
+
+def sibling_seed(seed: int, index: int) -> int:
+    """The seed of the `index`-th of several completions; the first keeps the request's own."""
+    mixed = (seed + index * 0x9E3779B97F4A7C15) & ((1 << 64) - 1)
+    return mixed - (1 << 64) if mixed >= 1 << 63 else mixed

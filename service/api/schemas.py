@@ -4,7 +4,6 @@ Three kinds of fields: those declared on the models below are honoured; those in
 done, and pass only with a value that asks for nothing; any other is unknown. Types are strict: `true` is no integer.
 """
 
-import hashlib
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -200,14 +199,6 @@ def parse(schema: type[RequestBody], body: object) -> RequestBody:
         return schema.model_validate(honoured)
     except ValidationError as error:
         raise _fault(error) from None
-
-
-def choice_seed(seed: int, choice: int) -> int:
-    """The seed of one of `n` choices. The first takes the client's own, so that n=1 and n=3 begin alike."""
-    if choice == 0:
-        return seed
-    digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
 
 
 def _asks_for_nothing(schema: type[SamplingFields], name: str, value: object) -> bool:

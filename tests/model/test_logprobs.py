@@ -6,8 +6,8 @@ import torch
 from model.config import EngineConfig
 from model.engine.engine import Engine
 from model.engine.request import Request
-from model.engine.search import beam_search, best_of, sibling_seed
-from model.sampling.params import SamplingParams
+from model.engine.search import beam_search, best_of
+from model.sampling.params import SamplingParams, sibling_seed
 from tests.model.test_engine import prompt
 
 
@@ -79,8 +79,8 @@ def test_best_of_returns_the_likeliest_and_computes_the_prompt_once(tiny_llama):
 
 
 def test_sibling_seeds_differ_and_the_first_is_the_request_s_own():
-    seeds = [sibling_seed(7, index) for index in range(1000)]
-    assert seeds[0] == 7
+    seeds = [sibling_seed(-7, index) for index in range(1000)]
+    assert seeds[0] == -7
     assert len(set(seeds)) == 1000
     assert all(-(1 << 63) <= seed < 1 << 63 for seed in seeds)
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from model.errors import InvalidRequest
-from service.api.schemas import NO_OP_VALUES, ChatRequest, CompletionRequest, choice_seed, parse
+from service.api.schemas import NO_OP_VALUES, ChatRequest, CompletionRequest, parse
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 
@@ -169,13 +169,6 @@ def test_text_parts_of_a_message_are_joined_for_the_template() -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     body = parse(ChatRequest, {"messages": [{"role": "developer", "content": parts}]})
     assert body.messages[0].for_template() == {"role": "system", "content": "one two"}
-
-
-def test_seeds_of_choices_differ_and_the_first_is_the_clients_own() -> None:
-    seeds = [choice_seed(-7, choice) for choice in range(8)]
-    assert seeds[0] == -7
-    assert len(set(seeds)) == 8
-    assert all(-(2**63) <= seed < 2**63 for seed in seeds)
 
 
 def test_the_schema_of_a_body_is_plain_json() -> None:
