@@ -13,7 +13,7 @@ from service.channel import Accepted, EngineInfo, Outbox, Output, Refused, Submi
 from service.metrics import EngineMetrics
 
 if TYPE_CHECKING:
-    from model.engine.request import TokenOutput
+    from model.engine.request import Request, TokenOutput
     from model.engine.stats import StepStats
 
 WATCH_PERIOD_S = 0.5
@@ -66,13 +66,16 @@ class EngineReplica:
             return Refused(self._replica_id, "overloaded", busy)
         outbox = self._outbox(channel_id)
         started: list[str] = []
+        leaders: dict[tuple[int, ...], Request] = {}  # of several choices, the first computes the prompt for all
         for submission in submissions:
+            prompt = tuple(submission.prompt_ids)
             try:
-                self._start(submission, outbox)
+                request = self._start(submission, outbox, leaders.get(prompt))
             except InvalidRequest as error:
                 await self.abort(started)
                 return Refused(self._replica_id, "invalid", str(error), param=error.param)
             started.append(submission.request_id)
+            leaders.setdefault(prompt, request)
         return Accepted(self._replica_id)
 
     async def abort(self, request_ids: list[str], pin: str | None = None) -> None:
@@ -111,11 +114,15 @@ class EngineReplica:
         if loop := getattr(self, "_loop", None):  # absent when the constructor failed
             loop.stop()
 
-    def _start(self, submission: Submission, outbox: Outbox) -> None:
+    def _start(self, submission: Submission, outbox: Outbox, leader: "Request | None") -> "Request":
         from model.engine.request import Request
 
         request = Request(
-            submission.request_id, submission.prompt_ids, submission.params, output_ids=submission.output_ids
+            submission.request_id,
+            submission.prompt_ids,
+            submission.params,
+            output_ids=submission.output_ids,
+            leader=leader,
         )
         # Owned before it is started: the first output may come before `submit` returns.
         self._owners[submission.request_id] = outbox
@@ -126,6 +133,7 @@ class EngineReplica:
             del self._owners[submission.request_id]
             outbox.request_ids.discard(submission.request_id)
             raise
+        return request
 
     def _outbox(self, channel_id: str) -> Outbox:
         if self._watch is None:

@@ -74,6 +74,13 @@ async def test_one_channel_carries_all_requests_of_its_ingress_and_no_others(rep
     assert set(await read(replica.channel("mine", "r1"), 2)) == {"a", "b"}
 
 
+async def test_several_choices_of_one_prompt_compute_it_once(replica: EngineReplica) -> None:
+    choices = [submission(name, prompt=49) for name in "abcd"]
+    await replica.submit("c", choices, {})
+    await read(replica.channel("c", "r1"), 4)
+    assert sample(replica, "prefix_cache_hits_total") == 3 * 48
+
+
 async def test_a_resumed_request_goes_on_where_it_stopped(replica: EngineReplica) -> None:
     await replica.submit("c", [submission("whole", max_tokens=8)], {})
     whole = (await read(replica.channel("c", "r1"), 1))["whole"]
