@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.errors import InvalidRequest
-from model.sampling.draw import truncate
+from model.sampling.draw import draw, truncate
 from model.sampling.params import SamplingParams
 from model.sampling.result import Sampled
 from model.sampling.sampler import Sampler
@@ -185,6 +185,13 @@ def test_logits_that_are_no_numbers_spoil_their_own_row_alone(bad):
     logits[1, 4] = bad
     sampled = sample(logits, rows, [3, 3, 3]).token_ids
     assert sampled == [expected[0], None, expected[2]]
+
+
+def test_a_token_that_is_out_is_not_drawn_even_at_the_very_ends():
+    logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]]).expand(2, -1)
+    ids, usable = draw(logits, torch.tensor([0.0, 1.0 - 2.0**-48], dtype=torch.float64))
+    assert ids.tolist() == [1, 2]
+    assert usable.all()
 
 
 def test_truncation_keeps_ties_and_always_one_token():
