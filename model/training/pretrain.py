@@ -180,6 +180,7 @@ class Trainer:
         path = self.config.out / STATE
         if not path.exists():
             raise ConfigError(f"{path}: nothing to resume; start without --resume")
+        # This run's own state, never a model's weights; `weights_only` makes tensors and plain values of it, no code.
         state = torch.load(path, map_location=self.device, weights_only=True)
         if state["recipe"] != self.config.recipe():
             raise ConfigError(f"{path}: was trained by another recipe: {state['recipe']}")
