@@ -11,11 +11,36 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from model.sampling.params import SamplingParams
+from model.sampling.params import GrammarSpec, SamplingParams
+from model.sampling.result import TokenLogprobs
 
-# request_id, new token ids, finish reason or None, prompt tokens found in the cache. A plain tuple: it is pickled
-# once for every request in every step.
-Output = tuple[str, list[int], str | None, int]
+
+class Logprobs(NamedTuple):
+    """For those who ask: one entry for each new token; with the first of them one for each prompt token, too.
+
+    The first prompt token has no entry: nothing comes before it.
+    """
+
+    tokens: list[TokenLogprobs] | None
+    prompt: list[TokenLogprobs | None] | None
+
+
+# request_id, new token ids, finish reason or None, prompt tokens found in the cache, log-probabilities. A plain tuple:
+# it is pickled once for every request in every step.
+Output = tuple[str, list[int], str | None, int, Logprobs | None]
+
+
+class Work(NamedTuple):
+    """What one engine request is to do, whichever replica does it and however often it moves.
+
+    priority: lower goes first; cache_salt: prefixes are shared only between requests of one salt.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    grammar: GrammarSpec | None = None
+    priority: int = 0
+    cache_salt: str = ""
 
 
 class Submission(NamedTuple):
@@ -26,8 +51,7 @@ class Submission(NamedTuple):
     """
 
     request_id: str
-    prompt_ids: list[int]
-    params: SamplingParams
+    work: Work
     output_ids: list[int]
     resumed: bool
 

@@ -13,6 +13,7 @@ from model.text.chat_template import ChatTemplate
 from model.text.detokenize import Detokenizer
 from model.text.tokenizer import Tokenizer
 from service.api.schemas import MAX_CHOICES, SamplingFields
+from service.channel import Work
 from service.dispatch import Dispatcher
 from service.metrics import IngressMetrics
 from service.streams import Generation, Piece
@@ -109,11 +110,11 @@ class Completion:
                 param="n" if n > 1 else "prompt",
             )
         seed = secrets.randbits(63) if fields.seed is None else fields.seed
-        requests = []
+        works = []
         for ids in prompts:
             limit = max_tokens or max(1, info.max_model_len - len(ids))
-            requests += [(ids, _sampling_params(fields, limit, sibling_seed(seed, choice))) for choice in range(n)]
-        generation = await service.dispatcher.open(requests)
+            works += [Work(ids, _sampling_params(fields, limit, sibling_seed(seed, choice))) for choice in range(n)]
+        generation = await service.dispatcher.open(works)
         completion = cls(service, generation, prompts, fields.stop_strings, arrived)
         try:
             completion._first = await completion._generation.next()

@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 from ray.serve.handle import DeploymentHandle
 
 from model.errors import AttendantError, InvalidRequest
-from model.sampling.params import SamplingParams
-from service.channel import Accepted, EngineInfo, Output, Refused
+from service.channel import Accepted, EngineInfo, Output, Refused, Work
 from service.errors import Overloaded, ServiceError, Unavailable
 from service.metrics import IngressMetrics
 from service.router import ReplicaGone
@@ -65,12 +64,12 @@ class Dispatcher:
             raise Unavailable(f"no engine is ready: {_reason(error)}") from error
         return info
 
-    async def open(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> Generation:
-        """Start one stream for each (prompt ids, params).
+    async def open(self, works: Sequence[Work]) -> Generation:
+        """Start one stream for each of `works`.
 
         Raises `InvalidRequest`, `Overloaded` or `Unavailable`; then nothing runs.
         """
-        generation = Generation(requests)
+        generation = Generation(works)
         await self._submit(generation.streams, SUBMIT_TIMEOUT_S)
         return generation
 
@@ -183,13 +182,13 @@ class Dispatcher:
                 logger.info("engine replica %s did not answer a ping: %s", replica_id, _reason(error))
 
     def _receive(self, outputs: list[Output]) -> None:
-        for request_id, token_ids, finish_reason, num_cached_tokens in outputs:
+        for request_id, token_ids, finish_reason, num_cached_tokens, logprobs in outputs:
             stream = self._streams.get(request_id)
             if stream is None:  # aborted, or of an attempt that was given up
                 continue
             if finish_reason is not None:
                 del self._streams[request_id]
-            stream.receive(token_ids, finish_reason, num_cached_tokens)
+            stream.receive(token_ids, finish_reason, num_cached_tokens, logprobs)
 
     async def _resume(self, orphans: list[Stream]) -> None:
         """Submit again, with the journal, the streams that a dead replica left behind."""

@@ -1,6 +1,7 @@
 """An engine replica: the engine in its own thread, and this process' ends of the channels to the ingresses."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from model.errors import InvalidRequest
-from service.channel import Accepted, EngineInfo, Outbox, Output, Refused, Submission
+from model.errors import CheckpointError, ConfigError, GrammarError, InvalidRequest
+from model.sampling.params import GrammarSpec
+from service.channel import Accepted, EngineInfo, Logprobs, Outbox, Output, Refused, Submission
 from service.metrics import EngineMetrics
 
 if TYPE_CHECKING:
     from model.engine.request import Request, TokenOutput
     from model.engine.stats import StepStats
+    from model.sampling.grammar import Grammar, GrammarCompiler
 
 WATCH_PERIOD_S = 0.5
 # An ingress pings every 2 s. One that has been silent for this long is gone: when an ingress is killed, Ray lets its
@@ -35,12 +38,16 @@ class EngineReplica:
         from model.engine.loop import EngineLoop
 
         config = EngineConfig(**engine_options)
-        self._engine = Engine.from_checkpoint(Path(model), config)
+        self._model = Path(model)
+        self._engine = Engine.from_checkpoint(self._model, config)
         self._capacity = config.max_num_seqs + max_waiting
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._metrics = EngineMetrics(model_name, self._replica_id)
         self._outboxes: dict[str, Outbox] = {}
         self._owners: dict[str, Outbox] = {}
+        self._compiling: set[str] = set()
+        self._compiler: GrammarCompiler | None = None
+        self._compiler_lock = threading.Lock()
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._watch: asyncio.Task[None] | None = None
         self._loop = EngineLoop(self._engine, self._deliver)
@@ -59,6 +66,10 @@ class EngineReplica:
         """
         if not self._loop.is_alive:
             return Refused(self._replica_id, "failed", f"the engine stopped: {self._loop.failure}")
+        try:
+            submissions, grammars = await self._compile(submissions)
+        except InvalidRequest as error:
+            return Refused(self._replica_id, "invalid", str(error), param=error.param)
         fresh = sum(not submission.resumed for submission in submissions)
         if fresh and len(self._owners) + len(submissions) > self._capacity:
             self._metrics.refused()
@@ -68,9 +79,10 @@ class EngineReplica:
         started: list[str] = []
         leaders: dict[tuple[int, ...], Request] = {}  # of several choices, the first computes the prompt for all
         for submission in submissions:
-            prompt = tuple(submission.prompt_ids)
+            prompt, spec = tuple(submission.work.prompt_ids), submission.work.grammar
+            grammar = None if spec is None else grammars[spec]
             try:
-                request = self._start(submission, outbox, leaders.get(prompt))
+                request = self._start(submission, outbox, leaders.get(prompt), grammar)
             except InvalidRequest as error:
                 await self.abort(started)
                 return Refused(self._replica_id, "invalid", str(error), param=error.param)
@@ -80,6 +92,7 @@ class EngineReplica:
 
     async def abort(self, request_ids: list[str], pin: str | None = None) -> None:
         """Forget these requests and free their blocks; ids that are unknown or finished are fine."""
+        self._compiling.difference_update(request_ids)
         for request_id in request_ids:
             if outbox := self._owners.pop(request_id, None):
                 outbox.request_ids.discard(request_id)
@@ -113,17 +126,58 @@ class EngineReplica:
     def __del__(self) -> None:
         if loop := getattr(self, "_loop", None):  # absent when the constructor failed
             loop.stop()
+            if self._compiler is not None:
+                self._compiler.close()
 
-    def _start(self, submission: Submission, outbox: Outbox, leader: "Request | None") -> "Request":
+    async def _compile(self, submissions: list[Submission]) -> "tuple[list[Submission], dict[GrammarSpec, Grammar]]":
+        """The grammars that `submissions` need, and those submissions that were not aborted meanwhile.
+
+        Raises `InvalidRequest` for a grammar that cannot be compiled.
+        """
+        specs = {submission.work.grammar for submission in submissions if submission.work.grammar is not None}
+        if not specs:
+            return submissions, {}
+        request_ids = {submission.request_id for submission in submissions}
+        self._compiling |= request_ids
+        try:
+            grammars = {spec: await asyncio.to_thread(self._compile_one, spec) for spec in specs}
+            return [submission for submission in submissions if submission.request_id in self._compiling], grammars
+        finally:
+            self._compiling -= request_ids
+
+    def _compile_one(self, spec: GrammarSpec) -> "Grammar":
+        from model.sampling.grammar import GrammarCompiler
+
+        with self._compiler_lock:
+            if self._compiler is None:  # made for the first who needs it: it brings a process of its own
+                config = self._engine.model_config
+                try:
+                    self._compiler = GrammarCompiler.from_directory(
+                        self._model, config.vocab_size, config.eos_token_ids
+                    )
+                except (CheckpointError, ConfigError) as error:
+                    raise InvalidRequest(f"not with this model: {error}", param=spec.param) from error
+        return self._compiler.compile(spec)
+
+    def _start(
+        self, submission: Submission, outbox: Outbox, leader: "Request | None", grammar: "Grammar | None"
+    ) -> "Request":
         from model.engine.request import Request
 
-        request = Request(
-            submission.request_id,
-            submission.prompt_ids,
-            submission.params,
-            output_ids=submission.output_ids,
-            leader=leader,
-        )
+        work = submission.work
+        try:
+            request = Request(
+                submission.request_id,
+                work.prompt_ids,
+                work.params,
+                output_ids=submission.output_ids,
+                priority=work.priority,
+                cache_salt=work.cache_salt,
+                grammar=grammar,
+                leader=leader,
+            )
+        except GrammarError as error:
+            raise InvalidRequest(f"what was said so far cannot go on here: {error}") from error
         # Owned before it is started: the first output may come before `submit` returns.
         self._owners[submission.request_id] = outbox
         outbox.request_ids.add(submission.request_id)
@@ -161,7 +215,7 @@ class EngineReplica:
             if outbox is None:  # aborted while the step ran
                 continue
             by_outbox.setdefault(outbox, []).append(
-                (output.request_id, output.token_ids, output.finish_reason, output.num_cached_tokens)
+                (output.request_id, output.token_ids, output.finish_reason, output.num_cached_tokens, _logprobs(output))
             )
             if output.finish_reason is not None:
                 del self._owners[output.request_id]
@@ -181,3 +235,9 @@ class EngineReplica:
             for channel_id, outbox in list(self._outboxes.items()):
                 if outbox.last_seen < silent_since:
                     await self._drop(channel_id)
+
+
+def _logprobs(output: "TokenOutput") -> Logprobs | None:
+    if output.logprobs is None and output.prompt_logprobs is None:
+        return None
+    return Logprobs(output.logprobs, output.prompt_logprobs)

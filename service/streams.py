@@ -5,8 +5,7 @@ import uuid
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from model.sampling.params import SamplingParams
-from service.channel import Submission
+from service.channel import Logprobs, Submission, Work
 from service.errors import ServiceError
 
 
@@ -17,17 +16,15 @@ class Piece(NamedTuple):
     token_ids: list[int]
     finish_reason: str | None
     num_cached_tokens: int
+    logprobs: Logprobs | None = None
     error: ServiceError | None = None
 
 
 class Stream:
     """A journal and its way back to the client. It may move from replica to replica; the client does not see it."""
 
-    def __init__(
-        self, choice: int, prompt_ids: list[int], params: SamplingParams, listener: "asyncio.Queue[Piece]"
-    ) -> None:
-        self.prompt_ids = prompt_ids
-        self.params = params
+    def __init__(self, choice: int, work: Work, listener: "asyncio.Queue[Piece]") -> None:
+        self.work = work
         self.journal: list[int] = []
         self.resumes = 0
         self.replica_id: str | None = None
@@ -46,27 +43,29 @@ class Stream:
         """The request as it stands; after a replica's death, with what was already said."""
         self._attempt += 1
         self.replica_id = None
-        return Submission(self.request_id, self.prompt_ids, self.params, list(self.journal), self.resumes > 0)
+        return Submission(self.request_id, self.work, list(self.journal), self.resumes > 0)
 
-    def receive(self, token_ids: list[int], finish_reason: str | None, num_cached_tokens: int) -> None:
+    def receive(
+        self, token_ids: list[int], finish_reason: str | None, num_cached_tokens: int, logprobs: Logprobs | None
+    ) -> None:
         """Journal a step's tokens and pass them on."""
         self.journal.extend(token_ids)
         if finish_reason == "error":
             self.fail(ServiceError("the engine failed on this request"))
         else:
-            self._listener.put_nowait(Piece(self._choice, token_ids, finish_reason, num_cached_tokens))
+            self._listener.put_nowait(Piece(self._choice, token_ids, finish_reason, num_cached_tokens, logprobs))
 
     def fail(self, error: ServiceError) -> None:
         """End the choice with an error."""
-        self._listener.put_nowait(Piece(self._choice, [], None, 0, error))
+        self._listener.put_nowait(Piece(self._choice, [], None, 0, error=error))
 
 
 class Generation:
     """The streams of one HTTP request, and the queue in which their pieces meet. One stream is one choice."""
 
-    def __init__(self, requests: Sequence[tuple[list[int], SamplingParams]]) -> None:
+    def __init__(self, works: Sequence[Work]) -> None:
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
-        self.streams = [Stream(i, ids, params, self._pieces) for i, (ids, params) in enumerate(requests)]
+        self.streams = [Stream(i, work, self._pieces) for i, work in enumerate(works)]
 
     async def next(self) -> list[Piece]:
         """Wait for at least one piece and take all there are."""

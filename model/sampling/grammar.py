@@ -11,18 +11,16 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from model.errors import CheckpointError, ConfigError, InvalidRequest
 from model.sampling import trial
 from model.sampling.masks import GrammarState
+from model.sampling.params import GrammarSpec
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
-
-GrammarKind = Literal["json_object", "json_schema", "regex", "lark", "choice"]
 
 MAX_SOURCE_BYTES = 1 << 16
 MAX_CACHED = 128  # compiled grammars
@@ -30,23 +28,6 @@ QUEUE_SECONDS = 1.0  # how long a grammar may wait for others to be tried
 
 # Bounded, because nothing else makes a model end a run of spaces; 32 indents pretty-printed JSON eight levels deep.
 WHITESPACE = r"[ \n\r\t]{1,32}"
-
-
-@dataclass(frozen=True)
-class GrammarSpec:
-    """What an output has to match. Hashable: equal specs share one compiled grammar.
-
-    source: a JSON Schema, a regular expression that the whole output matches, a Lark grammar with the rule `start`, or
-        a JSON list of the texts to choose from. Empty for `json_object`.
-    """
-
-    kind: GrammarKind
-    source: str = ""
-
-    @property
-    def param(self) -> str:
-        """The request's field at fault if this cannot be compiled."""
-        return "response_format" if self.kind.startswith("json") else f"structured_outputs.{self.kind}"
 
 
 class Grammar:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from model.errors import InvalidRequest
 
@@ -10,6 +11,8 @@ MAX_TOP_K = 1 << 31
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_TOKEN_IDS = 128
+
+GrammarKind = Literal["json_object", "json_schema", "regex", "lark", "choice"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,3 +85,20 @@ def sibling_seed(seed: int, index: int) -> int:
     """The seed of the `index`-th of several completions; the first keeps the request's own."""
     mixed = (seed + index * 0x9E3779B97F4A7C15) & ((1 << 64) - 1)
     return mixed - (1 << 64) if mixed >= 1 << 63 else mixed
+
+
+@dataclass(frozen=True)
+class GrammarSpec:
+    """What an output has to match. Hashable: equal specs share one compiled grammar.
+
+    source: a JSON Schema, a regular expression that the whole output matches, a Lark grammar with the rule `start`, or
+        a JSON list of the texts to choose from. Empty for `json_object`.
+    """
+
+    kind: GrammarKind
+    source: str = ""
+
+    @property
+    def param(self) -> str:
+        """The request's field at fault if this cannot be compiled."""
+        return "response_format" if self.kind.startswith("json") else f"structured_outputs.{self.kind}"

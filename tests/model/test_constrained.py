@@ -9,8 +9,8 @@ from model.config import EngineConfig
 from model.engine.engine import Engine
 from model.engine.request import Request
 from model.errors import GrammarError, InvalidRequest
-from model.sampling.grammar import Grammar, GrammarCompiler, GrammarSpec
-from model.sampling.params import SamplingParams
+from model.sampling.grammar import Grammar, GrammarCompiler
+from model.sampling.params import GrammarSpec, SamplingParams
 from model.text.tokenizer import Tokenizer
 from tests.model.test_engine import run
 

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from model.errors import CheckpointError, ConfigError, GrammarError, InvalidRequest
 from model.sampling import grammar as grammar_module
-from model.sampling.grammar import GrammarCompiler, GrammarSpec
+from model.sampling.grammar import GrammarCompiler
 from model.sampling.masks import GrammarState, apply_masks, fill_masks, new_bitmask
+from model.sampling.params import GrammarSpec
 from model.text.tokenizer import Tokenizer
 
 BOS, EOS, TURN = 0, 1, 2

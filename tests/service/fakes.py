@@ -20,7 +20,7 @@ class FakeReplica:
 
     def say(self, number: int, *token_ids: int, finish_reason: str | None = None) -> None:
         """Emit tokens for the number-th submission."""
-        self.outbox.put([(self.submitted[number].request_id, list(token_ids), finish_reason, 0)])
+        self.outbox.put([(self.submitted[number].request_id, list(token_ids), finish_reason, 0, None)])
 
 
 class FakeChannel:

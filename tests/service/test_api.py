@@ -32,10 +32,10 @@ class Storyteller(FakeFleet):
     async def _submit(self, channel_id: str, submissions: Any, open_streams: Any) -> Any:
         answer = await super()._submit(channel_id, submissions, open_streams)
         for submission in submissions:
-            limit = min(submission.params.max_tokens, len(self.ids))
+            limit = min(submission.work.params.max_tokens, len(self.ids))
             for i, token_id in enumerate(self.ids[:limit]):
                 reason = None if i + 1 < limit else "length"
-                self.replicas["a"].outbox.put([(submission.request_id, [token_id], reason, 0)])
+                self.replicas["a"].outbox.put([(submission.request_id, [token_id], reason, 0, None)])
         return answer
 
 
@@ -154,7 +154,7 @@ async def test_choices_of_several_prompts_are_indexed_prompt_by_prompt(api: http
 
 async def test_one_seed_gives_each_choice_its_own(api: httpx.AsyncClient, service: Service) -> None:
     await complete(api, n=3, seed=5)
-    seeds = [submission.params.seed for submission in fleet_of(service).replicas["a"].submitted]
+    seeds = [submission.work.params.seed for submission in fleet_of(service).replicas["a"].submitted]
     assert seeds[0] == 5
     assert len(set(seeds)) == 3
 
@@ -162,14 +162,14 @@ async def test_one_seed_gives_each_choice_its_own(api: httpx.AsyncClient, servic
 async def test_without_a_seed_two_requests_differ(api: httpx.AsyncClient, service: Service) -> None:
     await complete(api)
     await complete(api)
-    seeds = [submission.params.seed for submission in fleet_of(service).replicas["a"].submitted]
+    seeds = [submission.work.params.seed for submission in fleet_of(service).replicas["a"].submitted]
     assert seeds[0] != seeds[1]
 
 
 async def test_a_chat_without_a_limit_gets_the_rest_of_the_context(api: httpx.AsyncClient, service: Service) -> None:
     await api.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
     (submission,) = fleet_of(service).replicas["a"].submitted
-    assert submission.params.max_tokens == 64 - len(submission.prompt_ids)
+    assert submission.work.params.max_tokens == 64 - len(submission.work.prompt_ids)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 
 from model.errors import InvalidRequest
 from model.sampling.params import SamplingParams
-from service.channel import Refused
+from service.channel import Refused, Work
 from service.dispatch import MAX_RESUMES, Dispatcher
 from service.errors import Overloaded, Unavailable
 from service.metrics import IngressMetrics
@@ -39,20 +39,20 @@ async def tokens(generation: Generation, count: int) -> list[int]:
 
 async def test_tokens_come_back_through_the_channel_of_the_replica_that_accepted() -> None:
     fleet = FakeFleet("a")
-    generation = await dispatcher_for(fleet).open([([1, 2], PARAMS)])
+    generation = await dispatcher_for(fleet).open([Work([1, 2], PARAMS)])
     fleet.replicas["a"].say(0, 7, 8)
     assert await tokens(generation, 2) == [7, 8]
 
 
 async def test_a_stream_moves_with_its_journal_when_its_replica_dies() -> None:
     fleet = FakeFleet("a", "b")
-    generation = await dispatcher_for(fleet).open([([1, 2], PARAMS)])
+    generation = await dispatcher_for(fleet).open([Work([1, 2], PARAMS)])
     fleet.replicas["a"].say(0, 7, 8)
     await tokens(generation, 2)
     b = fleet.replicas["b"]
     fleet.kill("a")
     await until(lambda: b.submitted)
-    assert b.submitted[0].prompt_ids == [1, 2]
+    assert b.submitted[0].work.prompt_ids == [1, 2]
     assert b.submitted[0].output_ids == [7, 8]
     assert b.submitted[0].resumed
     b.say(0, 9, finish_reason="stop")
@@ -61,19 +61,19 @@ async def test_a_stream_moves_with_its_journal_when_its_replica_dies() -> None:
 
 async def test_late_tokens_of_an_attempt_that_was_given_up_are_dropped() -> None:
     fleet = FakeFleet("a", "b")
-    generation = await dispatcher_for(fleet).open([([1], PARAMS)])
+    generation = await dispatcher_for(fleet).open([Work([1], PARAMS)])
     a, b = fleet.replicas["a"], fleet.replicas["b"]
     stale = a.submitted[0].request_id
     fleet.kill("a")
     await until(lambda: b.submitted)
-    b.outbox.put([(stale, [66], None, 0)])
+    b.outbox.put([(stale, [66], None, 0, None)])
     b.say(0, 5)
     assert await tokens(generation, 1) == [5]
 
 
 async def test_a_stream_that_loses_its_replica_too_often_ends_with_a_typed_error() -> None:
     fleet = FakeFleet("r0")
-    generation = await dispatcher_for(fleet).open([([1], PARAMS)])
+    generation = await dispatcher_for(fleet).open([Work([1], PARAMS)])
     for attempt in range(MAX_RESUMES + 1):
         await until(lambda attempt=attempt: fleet.replicas[f"r{attempt}"].submitted)
         fleet.add(f"r{attempt + 1}")
@@ -85,7 +85,7 @@ async def test_a_stream_that_loses_its_replica_too_often_ends_with_a_typed_error
 async def test_a_replica_whose_engine_is_dead_is_passed_over() -> None:
     fleet = FakeFleet("broken", "fine")
     fleet.replicas["broken"].answer = Refused("broken", "failed", "the engine stopped")
-    await dispatcher_for(fleet).open([([1], PARAMS)])
+    await dispatcher_for(fleet).open([Work([1], PARAMS)])
     assert len(fleet.replicas["fine"].submitted) == 1
 
 
@@ -96,19 +96,19 @@ async def test_a_refusal_reaches_the_caller_with_its_type(kind: str, error: type
     fleet = FakeFleet("a")
     fleet.replicas["a"].answer = Refused("a", kind, "no")  # type: ignore[arg-type]
     with pytest.raises(error, match="no"):
-        await dispatcher_for(fleet).open([([1], PARAMS)])
+        await dispatcher_for(fleet).open([Work([1], PARAMS)])
 
 
 async def test_no_engine_within_the_time_limit_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.dispatch.SUBMIT_TIMEOUT_S", 0.01)
     with pytest.raises(Unavailable):
-        await dispatcher_for(FakeFleet()).open([([1], PARAMS)])
+        await dispatcher_for(FakeFleet()).open([Work([1], PARAMS)])
 
 
 async def test_aborting_reaches_the_replica_once_and_only_for_what_still_runs() -> None:
     fleet = FakeFleet("a")
     dispatcher = dispatcher_for(fleet)
-    generation = await dispatcher.open([([1], PARAMS), ([1], PARAMS)])
+    generation = await dispatcher.open([Work([1], PARAMS), Work([1], PARAMS)])
     a = fleet.replicas["a"]
     a.say(0, 5, finish_reason="stop")
     await tokens(generation, 1)
@@ -121,7 +121,7 @@ async def test_aborting_reaches_the_replica_once_and_only_for_what_still_runs() 
 async def test_a_client_that_leaves_while_its_stream_waits_for_a_replica_leaves_nothing_running() -> None:
     fleet = FakeFleet("a")
     dispatcher = dispatcher_for(fleet)
-    generation = await dispatcher.open([([1], PARAMS)])
+    generation = await dispatcher.open([Work([1], PARAMS)])
     fleet.replicas["a"].say(0, 5)
     await tokens(generation, 1)
     fleet.kill("a")
@@ -137,7 +137,7 @@ async def test_a_client_that_leaves_while_its_stream_waits_for_a_replica_leaves_
 async def test_letting_go_ends_every_channel() -> None:
     fleet = FakeFleet("a")
     dispatcher = dispatcher_for(fleet)
-    generation = await dispatcher.open([([1], PARAMS)])
+    generation = await dispatcher.open([Work([1], PARAMS)])
     fleet.replicas["a"].say(0, 5)
     await tokens(generation, 1)
     dispatcher.close()

@@ -1,6 +1,7 @@
 """An engine replica with a real engine, in this process."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from model.sampling.params import SamplingParams
+from model.sampling.params import GrammarSpec, SamplingParams
+from model.text.tokenizer import Tokenizer
 from service import replica as replica_module
-from service.channel import Accepted, Output, Refused, Submission
+from service.channel import Accepted, Output, Refused, Submission, Work
 from service.replica import EngineReplica
 
 OPTIONS: dict[str, Any] = {
@@ -24,7 +26,7 @@ OPTIONS: dict[str, Any] = {
 
 def submission(name: str, *, max_tokens: int = 5, output_ids: tuple[int, ...] = (), prompt: int = 3) -> Submission:
     params = SamplingParams(max_tokens=max_tokens, seed=1, ignore_eos=True)
-    return Submission(name, [5] * prompt, params, list(output_ids), bool(output_ids))
+    return Submission(name, Work([5] * prompt, params), list(output_ids), bool(output_ids))
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ async def read(channel: AsyncIterator[list[Output]], until_finished: int) -> dic
     finished = 0
     async with asyncio.timeout(20):
         async for outputs in channel:
-            for request_id, token_ids, reason, _ in outputs:
+            for request_id, token_ids, reason, *_ in outputs:
                 tokens.setdefault(request_id, []).extend(token_ids)
                 finished += reason is not None
             if finished == until_finished:
@@ -125,6 +127,53 @@ async def test_one_bad_request_of_several_starts_none_of_them(replica: EngineRep
     assert isinstance(refused, Refused)
     assert (refused.kind, refused.param) == ("invalid", "prompt")
     assert not replica._owners
+
+
+def constrained(name: str, spec: GrammarSpec) -> Submission:
+    return Submission(name, Work([5] * 3, SamplingParams(max_tokens=30, seed=1), spec), [], False)
+
+
+async def test_an_output_keeps_to_its_grammar(replica: EngineReplica, tiny_model: Path) -> None:
+    spec = GrammarSpec("choice", '["red", "green"]')
+    assert await replica.submit("c", [constrained("a", spec)], {}) == Accepted("r1")
+    token_ids = (await read(replica.channel("c", "r1"), 1))["a"]
+    assert Tokenizer.from_directory(tiny_model).decode(token_ids) in ("red", "green")
+
+
+async def test_a_grammar_that_cannot_be_compiled_is_refused_before_anything_starts(replica: EngineReplica) -> None:
+    refused = await replica.submit("c", [constrained("a", GrammarSpec("json_schema", '{"not": {}}'))], {})
+    assert isinstance(refused, Refused)
+    assert (refused.kind, refused.param) == ("invalid", "response_format")
+    assert not replica._owners
+
+
+async def test_a_request_that_is_aborted_while_its_grammar_compiles_never_starts(
+    replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_one, go_on = replica._compile_one, threading.Event()
+    monkeypatch.setattr(replica, "_compile_one", lambda spec: (go_on.wait(20), compile_one(spec))[1])
+    submitting = asyncio.create_task(replica.submit("c", [constrained("a", GrammarSpec("json_object"))], {}))
+    await until(lambda: replica._compiling)
+    await replica.abort(["a"])
+    go_on.set()
+    await submitting
+    assert not replica._owners
+
+
+async def test_log_probabilities_cross_the_channel_for_those_who_ask(replica: EngineReplica) -> None:
+    params = SamplingParams(max_tokens=2, seed=1, ignore_eos=True, logprobs=1, prompt_logprobs=0)
+    await replica.submit("c", [Submission("a", Work([5] * 3, params), [], False), submission("b")], {})
+    found = {"a": [], "b": []}
+    async with asyncio.timeout(20):
+        async for outputs in replica.channel("c", "r1"):
+            for request_id, _, _, _, logprobs in outputs:
+                found[request_id].append(logprobs)
+            if not replica._owners:
+                break
+    assert set(found["b"]) == {None}
+    assert len(found["a"][0].prompt) == 3
+    assert found["a"][0].prompt[0] is None
+    assert [len(entry.top) for logprobs in found["a"] for entry in logprobs.tokens] == [1, 1]
 
 
 async def test_a_dead_engine_ends_the_channels_and_fails_the_health_check(replica: EngineReplica) -> None:
