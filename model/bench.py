@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from model.config import EngineConfig, ModelConfig
+from model.config import EngineConfig, ModelConfig, RopeConfig
 from model.decoder import Decoder
 from model.engine.engine import Engine
 from model.engine.request import Request
@@ -32,7 +32,7 @@ STORYTELLER = Path(__file__).parent / "checkpoints" / "storyteller"
 SHAPES = {
     "smollm2-135m": ModelConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
-        head_dim=64, max_position_embeddings=8192, rope_theta=100_000.0, tie_word_embeddings=True,
+        head_dim=64, max_position_embeddings=8192, rope=RopeConfig(theta=100_000.0), tie_word_embeddings=True,
     ),
 }  # fmt: skip
 

@@ -5,8 +5,9 @@ one. `inspect_checkpoint` finds most of it from the headers alone, before anythi
 """
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import ModelConfig, RopeConfig
 from model.decoder import Decoder
 from model.errors import CheckpointError, ConfigError
-from model.families import FAMILIES, HARMLESS, LLAMA, Family
+from model.families import ATTENDANT, FAMILIES, HARMLESS, LLAMA, Derived, Family
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -30,12 +31,22 @@ class Checkpoint:
     """A directory whose config and tensor headers were read and agree.
 
     files: tensor name -> the safetensors file that holds it.
+    bare: whether the names in the files lack the family's prefix, as old exporters left it out.
     """
 
     directory: Path
     config: ModelConfig
     family: Family
     files: Mapping[str, Path]
+    bare: bool = False
+
+    def stored_name(self, tensor: str) -> str:
+        """What the file calls a tensor."""
+        return tensor.removeprefix(self.family.prefix) if self.bare else tensor
+
+    def parts(self, parameter: str, num_rows: int) -> dict[str, int]:
+        """The tensors that one of our parameters is stacked from, in order, and the rows of each."""
+        return _parts(self.config, self.family, parameter, num_rows)
 
 
 def inspect_checkpoint(directory: Path) -> Checkpoint:
@@ -46,7 +57,10 @@ def inspect_checkpoint(directory: Path) -> Checkpoint:
     family = _family(directory, raw)
     config = _model_config(directory, raw, family)
     files = _weight_files(directory)
-    checkpoint = Checkpoint(directory, config, family, files)
+    bare = bool(family.prefix) and not any(name.startswith(family.prefix) for name in files)
+    if bare:
+        files = {name if name == "lm_head.weight" else family.prefix + name: file for name, file in files.items()}
+    checkpoint = Checkpoint(directory, config, family, files, bare)
     _check_headers(checkpoint)
     return checkpoint
 
@@ -64,41 +78,63 @@ def load_checkpoint(
     handles = {file: _open(file) for file in set(checkpoint.files.values())}
     for name, parameter in decoder.named_parameters():
         row = 0
-        for tensor_name in _their_names(checkpoint.family, name):
-            file = checkpoint.files[tensor_name]
-            tensor = _read_tensor(handles[file], file, tensor_name)
-            parameter.data[row : row + len(tensor)].copy_(tensor)
-            row += len(tensor)
+        for tensor_name, rows in checkpoint.parts(name, len(parameter)).items():
+            tensor = _read_tensor(checkpoint, handles, tensor_name)
+            parameter.data[row : row + rows].copy_(tensor)
+            row += rows
+        if name.endswith("norm.weight"):
+            parameter.data += checkpoint.family.norm_offset
     return decoder.eval()
 
 
 def save_checkpoint(decoder: Decoder, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write `config.json` and `model.safetensors` as a Llama directory that `transformers` loads unchanged."""
+    """Write `config.json` and `model.safetensors`: a Llama directory that `transformers` loads unchanged, or, for what
+    Llama does not have, one of our own family.
+    """
     config = decoder.config
+    family = LLAMA if _is_llama(config) else ATTENDANT
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for name, parameter in decoder.named_parameters():
-        theirs = _their_names(LLAMA, name)
-        rows = [_expected_rows(config, their) or len(parameter) for their in theirs]
-        for their, part in zip(theirs, parameter.detach().split(rows), strict=True):
+        parts = _parts(config, family, name, len(parameter))
+        for their, part in zip(parts, parameter.detach().split(list(parts.values())), strict=True):
             tensors[their] = part.to("cpu", dtype).clone()
     eos = config.eos_token_ids
     raw = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{
-            theirs if isinstance(theirs, str) else theirs[0]: getattr(config, ours)
-            for ours, theirs in LLAMA.fields.items()
-        },
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        **(_llama_fields(config) if family is LLAMA else {"model_type": "attendant", **asdict(config)}),
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+    raw.pop("eos_token_ids", None)
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def _is_llama(config: ModelConfig) -> bool:
+    """Whether all that sets this model apart is among what a Llama's config can say (as `_llama_fields` writes it)."""
+    theta = config.rope.theta if config.rope is not None else 1.0
+    plain = replace(config, rope=RopeConfig(theta=theta), qkv_bias=False, output_bias=False, activation="silu")
+    others = [own for own in fields(ModelConfig) if own.name not in LLAMA.fields and own.default is not MISSING]
+    ids = ("bos_token_id", "eos_token_ids")
+    return config == plain and all(getattr(config, own.name) == own.default for own in others if own.name not in ids)
+
+
+def _llama_fields(config: ModelConfig) -> dict[str, Any]:
+    copied = {
+        theirs if isinstance(theirs, str) else theirs[0]: getattr(config, ours)
+        for ours, theirs in LLAMA.fields.items()
+        if not isinstance(theirs, Derived)
+    }
+    assert config.rope is not None
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **copied,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": config.rope.theta,
+        "hidden_act": "silu",
+    }
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -123,43 +159,42 @@ def _family(directory: Path, raw: Mapping[str, Any]) -> Family:
 
 def _model_config(directory: Path, raw: Mapping[str, Any], family: Family) -> ModelConfig:
     file = directory / "config.json"
-    raw = _flatten_rope(file, raw)
+    _refuse_unknown_fields(file, raw, family)
     values: dict[str, Any] = {}
+    try:
+        for ours, theirs in family.fields.items():
+            values[ours] = _field(raw, theirs)
+        values.update(family.fixed)
+        if values["num_kv_heads"] is None:
+            values["num_kv_heads"] = values["num_heads"]
+        if values["head_dim"] is None:
+            values["head_dim"] = values["hidden_size"] // values["num_heads"]
+        eos = _eos_token_ids(directory, raw)
+        return ModelConfig(**values, bos_token_id=raw.get("bos_token_id"), eos_token_ids=eos)
+    except KeyError as error:
+        raise CheckpointError(f"{file}: field {error.args[0]!r} is missing") from None
+    except (ConfigError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _field(raw: Mapping[str, Any], theirs: str | tuple[str, Any] | Derived) -> Any:
+    if isinstance(theirs, Derived):
+        return theirs.compute(raw)
+    value = raw[theirs] if isinstance(theirs, str) else raw.get(*theirs)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _refuse_unknown_fields(file: Path, raw: Mapping[str, Any], family: Family) -> None:
     known = {"bos_token_id", "eos_token_id", *HARMLESS, *family.only}
-    for ours, theirs in family.fields.items():
-        name, default = (theirs, None) if isinstance(theirs, str) else theirs
-        known.add(name)
-        if isinstance(theirs, str) and name not in raw:
-            raise CheckpointError(f"{file}: field {name!r} is missing")
-        values[ours] = raw.get(name, default)
+    for theirs in family.fields.values():
+        known.update(
+            theirs.reads if isinstance(theirs, Derived) else [theirs if isinstance(theirs, str) else theirs[0]]
+        )
     for name, allowed in family.only.items():
         if name in raw and raw[name] not in allowed:
             raise CheckpointError(f"{file}: {name} = {raw[name]!r} is not supported; only {list(allowed)} are")
     if unknown := sorted(set(raw) - known):
         raise CheckpointError(f"{file}: field {unknown[0]!r} is not known and might change the result")
-    if values["num_kv_heads"] is None:
-        values["num_kv_heads"] = values["num_heads"]
-    try:
-        if values["head_dim"] is None:
-            values["head_dim"] = values["hidden_size"] // values["num_heads"]
-        eos = _eos_token_ids(directory, raw)
-        return ModelConfig(**values, bos_token_id=raw.get("bos_token_id"), eos_token_ids=eos)
-    except (ConfigError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
-
-
-def _flatten_rope(file: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Transformers 5 writes `rope_parameters: {rope_type, rope_theta}` for what was `rope_theta` and `rope_scaling`."""
-    flat = dict(raw)
-    rope = flat.pop("rope_parameters", None) or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default" or set(rope) - _PLAIN_ROPE:
-        raise CheckpointError(f"{file}: rope_parameters {rope!r} are not supported; only rope_type 'default' is")
-    if "rope_theta" in rope:
-        flat["rope_theta"] = rope["rope_theta"]
-    return flat
-
-
-_PLAIN_ROPE = {"rope_type", "rope_theta"}
 
 
 def _eos_token_ids(directory: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
@@ -199,13 +234,12 @@ def _check_headers(checkpoint: Checkpoint) -> None:
     handles = {file: _open(file) for file in set(checkpoint.files.values())}
     wanted: set[str] = set()
     for name, parameter in decoder.named_parameters():
-        theirs = _their_names(checkpoint.family, name)
-        for their in theirs:
-            rows = _expected_rows(checkpoint.config, their) or len(parameter)
+        parts = checkpoint.parts(name, len(parameter))
+        for their, rows in parts.items():
             _check_header(checkpoint, handles, their, [rows, *parameter.shape[1:]])
-        wanted.update(theirs)
+        wanted.update(parts)
     if checkpoint.config.tie_word_embeddings:
-        wanted.add("lm_head.weight")  # some exporters write the tied head a second time
+        wanted.update(checkpoint.family.tensors.get("head.weight", ()))  # some write the tied head a second time
     unused = {u.format(i=i) for u in checkpoint.family.unused for i in range(checkpoint.config.num_layers)}
     if extra := sorted(set(checkpoint.files) - wanted - unused):
         raise CheckpointError(f"{checkpoint.files[extra[0]]}: tensor {extra[0]!r} has no place in this architecture")
@@ -215,35 +249,29 @@ def _check_header(checkpoint: Checkpoint, handles: Mapping[Path, Any], name: str
     file = checkpoint.files.get(name)
     if file is None:
         raise CheckpointError(f"{checkpoint.directory}: tensor {name!r} is missing")
-    header = handles[file].get_slice(name)
+    header = handles[file].get_slice(checkpoint.stored_name(name))
+    if name.endswith(checkpoint.family.transposed or (" ",)):
+        shape = shape[::-1]
     if header.get_shape() != shape:
         raise CheckpointError(f"{file}: tensor {name!r} has shape {header.get_shape()}, the config asks for {shape}")
     if header.get_dtype() not in LOADABLE:
         raise CheckpointError(f"{file}: tensor {name!r} has dtype {header.get_dtype()}; {sorted(LOADABLE)} are loaded")
 
 
-def _expected_rows(config: ModelConfig, tensor_name: str) -> int | None:
-    """Rows of a tensor that is a part of one of our fused parameters; None for a tensor that is not fused."""
-    rows = {
-        "q_proj": config.num_heads * config.head_dim,
-        "k_proj": config.num_kv_heads * config.head_dim,
-        "v_proj": config.num_kv_heads * config.head_dim,
-        "gate_proj": config.intermediate_size,
-        "up_proj": config.intermediate_size,
-    }
-    return next((count for part, count in rows.items() if f".{part}." in tensor_name), None)
+def _parts(config: ModelConfig, family: Family, parameter: str, num_rows: int) -> dict[str, int]:
+    names = _tensor_names(family, parameter)
+    kv_rows = config.num_kv_heads * config.head_dim
+    if ".qkv." in parameter and len(names) == 3:
+        return dict(zip(names, (num_rows - 2 * kv_rows, kv_rows, kv_rows), strict=True))
+    return dict.fromkeys(names, num_rows // len(names))
 
 
-def _their_names(family: Family, parameter: str) -> tuple[str, ...]:
+def _tensor_names(family: Family, parameter: str) -> tuple[str, ...]:
     """The published tensors that make up one of our parameters: `layers.3.qkv.weight` -> q, k and v of layer 3."""
-    for ours, theirs in family.tensors.items():
-        before, _, after = ours.partition("{i}")
-        if parameter == ours:
-            return theirs
-        if after and parameter.startswith(before) and parameter.endswith(after):
-            index = parameter.removeprefix(before).removesuffix(after)
-            return tuple(name.format(i=index) for name in theirs)
-    raise AssertionError(f"no family tensor for our own parameter {parameter!r}")
+    numbers = dict(zip("ie", re.findall(r"(?<=\.)\d+(?=\.)", parameter), strict=False))
+    pattern = re.sub(r"^layers\.\d+", "layers.{i}", parameter)
+    pattern = re.sub(r"\.experts\.\d+", ".experts.{e}", pattern)
+    return tuple(name.format(**numbers) for name in family.tensors.get(pattern, (parameter,)))
 
 
 def _open(file: Path) -> Any:
@@ -255,11 +283,12 @@ def _open(file: Path) -> Any:
         raise CheckpointError(f"{file}: not a valid safetensors file: {error}") from error
 
 
-def _read_tensor(handle: Any, file: Path, name: str) -> Tensor:
+def _read_tensor(checkpoint: Checkpoint, handles: Mapping[Path, Any], name: str) -> Tensor:
+    file = checkpoint.files[name]
     try:
-        tensor: Tensor = handle.get_tensor(name)
+        tensor: Tensor = handles[file].get_tensor(checkpoint.stored_name(name))
     except SafetensorError as error:
         raise CheckpointError(f"{file}: tensor {name!r} cannot be read: {error}") from error
     if not torch.isfinite(tensor).all():
         raise CheckpointError(f"{file}: tensor {name!r} holds NaN or infinite values")
-    return tensor
+    return tensor.t() if name.endswith(checkpoint.family.transposed or (" ",)) else tensor

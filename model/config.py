@@ -1,12 +1,76 @@
 """What a decoder is and how an engine runs it: two frozen records, validated once, when they are made."""
 
+import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from model.errors import ConfigError
 
 Dtype = Literal["auto", "fp32", "bf16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
+
+ScoreFunction = Literal["scaled_dot_product", "multiplicative", "additive"]
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+Norm = Literal["rms", "layer"]
+NormPlacement = Literal["pre", "post", "both"]
+QKNorm = Literal["none", "head", "projection"]
+RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
+
+
+def _check_size(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{name} must be a number above 0, not {value!r}")
+
+
+def _check_choice(name: str, value: object, choices: object) -> None:
+    if value not in get_args(choices):
+        raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions (Su et al. 2021) and how they are stretched beyond the length that a model was trained with.
+
+    rotary_dim: so many leading dimensions of a head turn; None: all of them.
+    factor: how many times longer the context became; original_length: what it was before.
+    low_freq_factor, high_freq_factor: `llama3` leaves wavelengths under original_length / high_freq_factor as they are,
+        divides those over original_length / low_freq_factor, and blends between.
+    beta_fast, beta_slow, truncate, attention_factor: `yarn` (Peng et al. 2023): the turns over the original length
+        between which it blends, whether these borders are rounded to whole dimensions, and what cosines and sines are
+        multiplied by.
+    frequency_divisors: `longrope` (Ding et al. 2024): one for each pair of dimensions.
+    """
+
+    theta: float = 10_000.0
+    rotary_dim: int | None = None
+    scaling: RopeScaling = "none"
+    factor: float = 1.0
+    original_length: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    frequency_divisors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_choice("rope scaling", self.scaling, RopeScaling)
+        for name in ("theta", "factor", "low_freq_factor", "beta_fast", "beta_slow", "attention_factor"):
+            _check_positive(f"rope {name}", getattr(self, name))
+        if not self.high_freq_factor > self.low_freq_factor:
+            raise ConfigError(
+                f"rope high_freq_factor ({self.high_freq_factor}) must exceed low_freq_factor ({self.low_freq_factor})"
+            )
+        if self.scaling in ("dynamic", "llama3", "yarn"):
+            _check_size("rope original_length", self.original_length)
+        if self.rotary_dim is not None and (type(self.rotary_dim) is not int or self.rotary_dim < 2):
+            raise ConfigError(f"rope rotary_dim must be an even number of at least 2, not {self.rotary_dim!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +78,21 @@ class ModelConfig:
     """The shape of one decoder. Variations between families are fields here, never classes.
 
     Raises `ConfigError` for a shape that cannot be computed.
+
+    attention: the score function (`model.attention.scores`). attention_scale: what its scores are multiplied by; None:
+        1 / sqrt(head_dim) for the scaled dot product, 1 for the others, as they were published.
+    attention_soft_cap: scores become cap * tanh(score / cap) (Gemma 2). logit_soft_cap: the same for the head's logits.
+    sliding_window: a token sees so many tokens, itself included; None: all. full_attention_layers see all the same.
+    num_sink_tokens: the first tokens of a sequence stay visible beyond the window (Xiao et al. 2023).
+    sink_logits: a learned score for each head that takes its share of the softmax and adds nothing (gpt-oss).
+    rope: None: no rotary positions. local_rope: the windowed layers' own, where it differs (Gemma 3).
+    layers_without_rope: layers that know no positions but by causality (SmolLM3).
+    learned_positions: an embedding of positions is added to that of tokens (GPT-2).
+    norm_placement: before each block, after it, or both.
+    qk_norm: RMSNorm of queries and keys before they turn: of each head (Qwen3) or of the whole projection (OLMo 2).
+    num_experts: 0: one MLP a layer. Else each token goes through `num_experts_per_token` of them, weighted by the
+        router's softmax, which is brought to sum 1 again over those chosen if `normalize_expert_weights`.
+    dense_layers: layers with one MLP all the same, of `intermediate_size`.
     """
 
     vocab_size: int
@@ -24,42 +103,117 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_position_embeddings: int
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-5
+    attention: ScoreFunction = "scaled_dot_product"
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
+    num_sink_tokens: int = 0
+    sink_logits: bool = False
+    rope: RopeConfig | None = RopeConfig()
+    local_rope: RopeConfig | None = None
+    layers_without_rope: tuple[int, ...] = ()
+    learned_positions: bool = False
+    norm: Norm = "rms"
+    norm_eps: float = 1e-5
+    norm_placement: NormPlacement = "pre"
+    qk_norm: QKNorm = "none"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    activation: Activation = "silu"
+    gated_mlp: bool = True
+    embedding_scale: float = 1.0
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    expert_intermediate_size: int = 0
+    normalize_expert_weights: bool = True
+    dense_layers: tuple[int, ...] = ()
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        )
-        for name in (*sizes, "max_position_embeddings"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
-        for name in ("rope_theta", "rms_norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)!r}")
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
-        if self.head_dim % 2:
-            raise ConfigError(f"head_dim must be even for rotary positions, not {self.head_dim}")
+        sizes = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim"
+        for name in (*sizes.split(), "max_position_embeddings"):
+            _check_size(name, getattr(self, name))
+        for name in ("norm_eps", "embedding_scale"):
+            _check_positive(name, getattr(self, name))
+        for name in ("attention_scale", "attention_soft_cap", "logit_soft_cap"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        for name, choices in (
+            ("attention", ScoreFunction),
+            ("norm", Norm),
+            ("norm_placement", NormPlacement),
+            ("qk_norm", QKNorm),
+            ("activation", Activation),
+        ):
+            _check_choice(name, getattr(self, name), choices)
+        self._check_attention()
+        self._check_experts()
+        for name in ("full_attention_layers", "layers_without_rope", "dense_layers"):
+            for layer in getattr(self, name):
+                if type(layer) is not int or not 0 <= layer < self.num_layers:
+                    raise ConfigError(f"{name} names layer {layer!r}, of {self.num_layers} layers")
         for name, ids in (("bos_token_id", (self.bos_token_id,)), ("eos_token_ids", self.eos_token_ids)):
             for token_id in ids:
                 if token_id is not None and not 0 <= token_id < self.vocab_size:
                     raise ConfigError(f"{name} {token_id} lies outside the vocabulary of {self.vocab_size}")
 
+    def _check_attention(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        for rope in (self.rope, self.local_rope):
+            dim = self.head_dim if rope is None or rope.rotary_dim is None else rope.rotary_dim
+            if rope is not None and (dim % 2 or dim > self.head_dim):
+                raise ConfigError(
+                    f"{dim} of the head_dim {self.head_dim} cannot turn: rotary positions need an even number"
+                )
+            if rope is not None and rope.scaling == "longrope" and len(rope.frequency_divisors) != dim // 2:
+                raise ConfigError(f"longrope names {len(rope.frequency_divisors)} factors for {dim // 2} pairs")
+            if rope is not None and rope.scaling == "dynamic" and dim < 4:
+                raise ConfigError("dynamic rope scaling needs at least 4 dimensions that turn")
+        if self.sliding_window is not None:
+            _check_size("sliding_window", self.sliding_window)
+        if type(self.num_sink_tokens) is not int or self.num_sink_tokens < 0:
+            raise ConfigError(f"num_sink_tokens must be a whole number of at least 0, not {self.num_sink_tokens!r}")
+        if self.num_sink_tokens and self.sliding_window is None:
+            raise ConfigError("num_sink_tokens needs a sliding_window: without one every token stays visible")
+        if self.qk_norm != "none" and self.attention != "scaled_dot_product":
+            raise ConfigError(
+                f"qk_norm {self.qk_norm!r} is for the scaled dot product, not for {self.attention!r} scores"
+            )
+
+    def _check_experts(self) -> None:
+        if not self.num_experts:
+            return
+        for name in ("num_experts", "expert_intermediate_size", "num_experts_per_token"):
+            _check_size(name, getattr(self, name))
+        if self.num_experts_per_token > self.num_experts:
+            raise ConfigError(
+                f"num_experts_per_token ({self.num_experts_per_token}) exceeds num_experts ({self.num_experts})"
+            )
+
     @property
     def group_size(self) -> int:
         """Query heads that share one key/value head (grouped-query attention; Ainslie et al. 2023)."""
         return self.num_heads // self.num_kv_heads
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a token of `layer` sees, itself included; None: all before it."""
+        return None if layer in self.full_attention_layers else self.sliding_window
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """The rotary positions of `layer`; None where there are none."""
+        if layer in self.layers_without_rope:
+            return None
+        return self.local_rope if self.local_rope is not None and self.window(layer) is not None else self.rope
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the MLP of `layer` is a mixture of experts."""
+        return self.num_experts > 0 and layer not in self.dense_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +241,8 @@ class EngineConfig:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in get_args(Dtype):
-            raise ConfigError(f"dtype must be one of {', '.join(get_args(Dtype))}, not {self.dtype!r}")
-        if self.device not in get_args(Device):
-            raise ConfigError(f"device must be one of {', '.join(get_args(Device))}, not {self.device!r}")
+        _check_choice("dtype", self.dtype, Dtype)
+        _check_choice("device", self.device, Device)
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "speculation_max_seqs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")

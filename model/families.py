@@ -1,41 +1,90 @@
 """Published decoder families as data: how a `config.json` and its weight names map onto ours.
 
-To add a family is to add an entry to `FAMILIES` and its parity test. A field of a `config.json` that no list here names
+To add a family is to add an entry to `FAMILIES` and its parity test. A field of a `config.json` that nothing here names
 is refused when the checkpoint is read: it might change the result.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
+
+from model import config_json as read
+from model.config import ModelConfig
 
 # Fields of a config.json that say where it came from or how it was trained, never what it computes.
 HARMLESS = frozenset(
     {
-        "_name_or_path", "architectures", "attention_dropout", "chunk_size_feed_forward", "dtype", "id2label",
-        "initializer_range", "is_encoder_decoder", "label2id", "model_type", "output_attentions",
-        "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "torch_dtype",
-        "transformers_version", "use_cache",
+        "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "cache_implementation",
+        "chunk_size_feed_forward", "dtype", "embd_pdrop", "id2label", "initializer_range", "is_encoder_decoder",
+        "label2id", "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+        "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise",
+        "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+        "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
     }
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A field of ours that takes more than a copy: computed from those of theirs that it reads."""
+
+    reads: tuple[str, ...]
+    compute: Callable[[Mapping[str, Any]], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One published architecture.
 
+    title, traits: for people.
     fields: our `ModelConfig` field -> their field; a tuple lists (their field, default when absent).
+    fixed: our field -> the value that every model of the family has.
     only: their field -> the values that we compute; any other is refused.
-    tensors: our parameter -> their tensors, stacked along the output dimension in this order; `{i}` is the layer.
+    tensors: our parameter -> their tensors, stacked along the output dimension in this order; `{i}` is the layer,
+        `{e}` the expert. A parameter that is not named here has their name and ours alike.
+    transposed: endings of their tensors that are stored [in_features, out_features].
+    norm_offset: added to the weights of all norms (Gemma stores weight - 1).
+    prefix: what their names begin with, and what old exporters left out.
     unused: tensors that old exporters left in the file and that nothing reads.
     """
 
-    fields: Mapping[str, str | tuple[str, Any]]
+    title: str
+    traits: str
+    fields: Mapping[str, str | tuple[str, Any] | Derived]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     tensors: Mapping[str, tuple[str, ...]]
+    transposed: tuple[str, ...] = ()
+    norm_offset: float = 0.0
+    prefix: str = ""
     unused: tuple[str, ...] = ()
 
+    def relative(self, **changes: Any) -> "Family":
+        """Another family: where it says something new about a mapping it extends ours, anything else replaces it."""
+        merged: dict[str, Any] = {
+            name: {**getattr(self, name), **value} if isinstance(value, Mapping) else value
+            for name, value in changes.items()
+        }
+        return replace(self, **merged)
+
+
+def _projections(layer: str, ending: str) -> dict[str, tuple[str, ...]]:
+    """The linear maps of a layer, their weights or their biases, as most families name them."""
+    attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+    return {
+        f"layers.{{i}}.qkv.{ending}": tuple(f"{attention}.{part}_proj.{ending}" for part in "qkv"),
+        f"layers.{{i}}.output.{ending}": (f"{attention}.o_proj.{ending}",),
+        f"layers.{{i}}.mlp.gate_up.{ending}": (f"{mlp}.gate_proj.{ending}", f"{mlp}.up_proj.{ending}"),
+        f"layers.{{i}}.mlp.down.{ending}": (f"{mlp}.down_proj.{ending}",),
+    }
+
+
+_LAYER = "model.layers.{i}"
 
 LLAMA = Family(
+    title="Llama 2, 3, 3.1, 3.2; SmolLM2",
+    traits="grouped-query heads; RoPE plain or scaled (linear, dynamic, llama3, YaRN)",
     fields={
         "vocab_size": "vocab_size",
         "hidden_size": "hidden_size",
@@ -44,36 +93,266 @@ LLAMA = Family(
         "num_heads": "num_attention_heads",
         "num_kv_heads": ("num_key_value_heads", None),
         "head_dim": ("head_dim", None),
-        "max_position_embeddings": ("max_position_embeddings", 2048),
-        "rms_norm_eps": ("rms_norm_eps", 1e-6),
-        "rope_theta": ("rope_theta", 10_000.0),
+        "max_position_embeddings": Derived(read.ROPE_FIELDS, read.max_positions),
+        "norm_eps": ("rms_norm_eps", 1e-6),
+        "rope": Derived(read.ROPE_FIELDS, read.rope(10_000.0)),
+        "activation": Derived(("hidden_act",), read.activation("hidden_act", "silu")),
+        "qkv_bias": ("attention_bias", False),
+        "output_bias": ("attention_bias", False),
+        "mlp_bias": ("mlp_bias", False),
         "tie_word_embeddings": ("tie_word_embeddings", False),
-    },
-    only={
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "rope_scaling": (None,),
     },
     tensors={
         "embedding": ("model.embed_tokens.weight",),
-        "layers.{i}.attention_norm.weight": ("model.layers.{i}.input_layernorm.weight",),
-        "layers.{i}.qkv.weight": (
-            "model.layers.{i}.self_attn.q_proj.weight",
-            "model.layers.{i}.self_attn.k_proj.weight",
-            "model.layers.{i}.self_attn.v_proj.weight",
-        ),
-        "layers.{i}.output.weight": ("model.layers.{i}.self_attn.o_proj.weight",),
-        "layers.{i}.mlp_norm.weight": ("model.layers.{i}.post_attention_layernorm.weight",),
-        "layers.{i}.mlp.gate_up.weight": (
-            "model.layers.{i}.mlp.gate_proj.weight",
-            "model.layers.{i}.mlp.up_proj.weight",
-        ),
-        "layers.{i}.mlp.down.weight": ("model.layers.{i}.mlp.down_proj.weight",),
+        "layers.{i}.attention_norm.weight": (f"{_LAYER}.input_layernorm.weight",),
+        "layers.{i}.mlp_norm.weight": (f"{_LAYER}.post_attention_layernorm.weight",),
+        **_projections(_LAYER, "weight"),
+        **_projections(_LAYER, "bias"),
+        "layers.{i}.q_norm.weight": (f"{_LAYER}.self_attn.q_norm.weight",),
+        "layers.{i}.k_norm.weight": (f"{_LAYER}.self_attn.k_norm.weight",),
         "norm.weight": ("model.norm.weight",),
         "head.weight": ("lm_head.weight",),
     },
-    unused=("model.layers.{i}.self_attn.rotary_emb.inv_freq",),
+    unused=(f"{_LAYER}.self_attn.rotary_emb.inv_freq",),
 )
 
-FAMILIES: Mapping[str, Family] = {"llama": LLAMA}
+
+def _windowed(is_full: Callable[[int, Mapping[str, Any]], bool]) -> dict[str, Derived]:
+    return {
+        "sliding_window": Derived(read.WINDOW_FIELDS, read.sliding_window),
+        "full_attention_layers": Derived(read.WINDOW_FIELDS, read.full_attention_layers(is_full)),
+    }
+
+
+# Where a config leaves it open: Mistral's window is everywhere, Qwen's begins at a layer, Gemma's alternates.
+_EVERYWHERE = _windowed(lambda i, raw: False)
+_FROM_A_LAYER_ON = _windowed(lambda i, raw: i < raw.get("max_window_layers", 28))
+_EVERY_SECOND = _windowed(lambda i, raw: i % 2 == 1)
+_FIVE_OF_SIX = _windowed(lambda i, raw: (i + 1) % raw.get("sliding_window_pattern", 6) == 0)
+
+_MISTRAL = LLAMA.relative(
+    title="Mistral",
+    traits="sliding window",
+    fields={**_EVERYWHERE, "num_kv_heads": "num_key_value_heads"},
+)
+
+_QWEN2 = LLAMA.relative(
+    title="Qwen2, Qwen2.5",
+    traits="biases on queries, keys and values",
+    fields={**_FROM_A_LAYER_ON, "num_kv_heads": "num_key_value_heads"},
+    fixed={"qkv_bias": True},
+)
+
+_QWEN3 = LLAMA.relative(
+    title="Qwen3",
+    traits="RMSNorm on each head's query and key",
+    fields={**_FROM_A_LAYER_ON, "num_kv_heads": "num_key_value_heads", "head_dim": ("head_dim", 128)},
+    fixed={"qk_norm": "head"},
+)
+
+_GEMMA2 = LLAMA.relative(
+    title="Gemma 2",
+    traits="soft-capped scores and logits; norms before and after; windows on every second layer; scaled embeddings",
+    fields={
+        **_EVERY_SECOND,
+        "num_kv_heads": "num_key_value_heads",
+        "head_dim": ("head_dim", 256),
+        "activation": Derived(("hidden_activation",), read.activation("hidden_activation", "gelu_pytorch_tanh")),
+        "attention_scale": Derived(
+            ("query_pre_attn_scalar",), lambda raw: 1 / math.sqrt(raw.get("query_pre_attn_scalar", 256))
+        ),
+        "attention_soft_cap": ("attn_logit_softcapping", 50.0),
+        "logit_soft_cap": ("final_logit_softcapping", 30.0),
+        "embedding_scale": Derived(("hidden_size",), lambda raw: math.sqrt(raw["hidden_size"])),
+        "tie_word_embeddings": ("tie_word_embeddings", True),
+    },
+    fixed={"norm_placement": "both"},
+    # `hidden_act` is what Gemma's first release wrote for the same activation; `hidden_activation` is what counts.
+    only={"use_bidirectional_attention": (None, False), "hidden_act": ("gelu_pytorch_tanh",)},
+    tensors={
+        "layers.{i}.attention_post_norm.weight": (f"{_LAYER}.post_attention_layernorm.weight",),
+        "layers.{i}.mlp_norm.weight": (f"{_LAYER}.pre_feedforward_layernorm.weight",),
+        "layers.{i}.mlp_post_norm.weight": (f"{_LAYER}.post_feedforward_layernorm.weight",),
+    },
+    norm_offset=1.0,
+)
+
+_GEMMA3 = _GEMMA2.relative(
+    title="Gemma 3 (text)",
+    traits="as Gemma 2, with RMSNorm on queries and keys, five windowed layers of six, and a RoPE of their own",
+    fields={
+        **_FIVE_OF_SIX,
+        "rope": Derived(read.ROPE_FIELDS, read.rope(1_000_000.0)),
+        "local_rope": Derived(read.ROPE_FIELDS, read.local_rope),
+        "attention_soft_cap": ("attn_logit_softcapping", None),
+        "logit_soft_cap": ("final_logit_softcapping", None),
+    },
+    fixed={"qk_norm": "head"},
+)
+
+_PHI3 = LLAMA.relative(
+    title="Phi-3, Phi-4",
+    traits="fused weights; partial rotary; longrope up to the original length",
+    fields=_EVERYWHERE,
+    tensors={
+        "layers.{i}.qkv.weight": (f"{_LAYER}.self_attn.qkv_proj.weight",),
+        "layers.{i}.mlp.gate_up.weight": (f"{_LAYER}.mlp.gate_up_proj.weight",),
+    },
+    only={"attention_bias": (False,)},
+)
+
+_BLOCK = "transformer.h.{i}"
+_GPT2 = Family(
+    title="GPT-2",
+    traits="learned positions; LayerNorm; GELU; biases everywhere; Conv1D weights",
+    fields={
+        "vocab_size": "vocab_size",
+        "hidden_size": "n_embd",
+        "intermediate_size": Derived(("n_inner", "n_embd"), lambda raw: raw.get("n_inner") or 4 * raw["n_embd"]),
+        "num_layers": "n_layer",
+        "num_heads": "n_head",
+        "num_kv_heads": "n_head",
+        "head_dim": ("head_dim", None),
+        "max_position_embeddings": "n_positions",
+        "norm_eps": ("layer_norm_epsilon", 1e-5),
+        "activation": Derived(("activation_function",), read.activation("activation_function", "gelu_new")),
+        "tie_word_embeddings": ("tie_word_embeddings", True),
+    },
+    fixed={
+        "rope": None,
+        "learned_positions": True,
+        "norm": "layer",
+        "qkv_bias": True,
+        "output_bias": True,
+        "mlp_bias": True,
+        "gated_mlp": False,
+    },
+    only={
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False,),
+        "add_cross_attention": (False,),
+    },
+    tensors={
+        "embedding": ("transformer.wte.weight",),
+        "position_embedding": ("transformer.wpe.weight",),
+        **{
+            f"layers.{{i}}.{ours}.{ending}": (f"{_BLOCK}.{theirs}.{ending}",)
+            for ending in ("weight", "bias")
+            for ours, theirs in {
+                "attention_norm": "ln_1",
+                "qkv": "attn.c_attn",
+                "output": "attn.c_proj",
+                "mlp_norm": "ln_2",
+                "mlp.gate_up": "mlp.c_fc",
+                "mlp.down": "mlp.c_proj",
+            }.items()
+        },
+        "norm.weight": ("transformer.ln_f.weight",),
+        "norm.bias": ("transformer.ln_f.bias",),
+        "head.weight": ("lm_head.weight",),
+    },
+    transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
+    prefix="transformer.",
+    unused=(f"{_BLOCK}.attn.bias", f"{_BLOCK}.attn.masked_bias"),
+)
+
+_SMOLLM3 = LLAMA.relative(
+    title="SmolLM3",
+    traits="every fourth layer without RoPE",
+    fields={
+        **_EVERYWHERE,
+        "num_kv_heads": "num_key_value_heads",
+        "rope": Derived(read.ROPE_FIELDS, read.rope(2_000_000.0)),
+        "layers_without_rope": Derived(
+            ("no_rope_layers", "no_rope_layer_interval", "num_hidden_layers"), read.layers_without_rope
+        ),
+        "tie_word_embeddings": ("tie_word_embeddings", True),
+    },
+)
+
+_OLMO2 = LLAMA.relative(
+    title="OLMo 2",
+    traits="norms after attention and MLP; RMSNorm on whole queries and keys",
+    fixed={"norm_placement": "post", "qk_norm": "projection"},
+    tensors={
+        "layers.{i}.attention_post_norm.weight": (f"{_LAYER}.post_attention_layernorm.weight",),
+        "layers.{i}.mlp_post_norm.weight": (f"{_LAYER}.post_feedforward_layernorm.weight",),
+    },
+)
+
+_MIXTRAL = _MISTRAL.relative(
+    title="Mixtral",
+    traits="mixture of experts",
+    fields={
+        "rope": Derived(read.ROPE_FIELDS, read.rope(1_000_000.0)),
+        "num_experts": Derived(read.EXPERT_FIELDS, read.num_experts),
+        "num_experts_per_token": ("num_experts_per_tok", 2),
+        "expert_intermediate_size": "intermediate_size",
+    },
+    tensors={
+        "layers.{i}.mlp.router": (f"{_LAYER}.block_sparse_moe.gate.weight",),
+        "layers.{i}.mlp.experts.{e}.gate_up.weight": (
+            f"{_LAYER}.block_sparse_moe.experts.{{e}}.w1.weight",
+            f"{_LAYER}.block_sparse_moe.experts.{{e}}.w3.weight",
+        ),
+        "layers.{i}.mlp.experts.{e}.down.weight": (f"{_LAYER}.block_sparse_moe.experts.{{e}}.w2.weight",),
+    },
+)
+
+_QWEN3_MOE = _QWEN3.relative(
+    title="Qwen3-MoE",
+    traits="mixture of experts; RMSNorm on each head's query and key",
+    fields={
+        "num_experts": Derived(read.EXPERT_FIELDS, read.num_experts),
+        "num_experts_per_token": ("num_experts_per_tok", 8),
+        "expert_intermediate_size": "moe_intermediate_size",
+        "normalize_expert_weights": ("norm_topk_prob", False),
+        "dense_layers": Derived(read.EXPERT_FIELDS, read.dense_layers),
+    },
+    tensors={
+        "layers.{i}.mlp.router": (f"{_LAYER}.mlp.gate.weight",),
+        "layers.{i}.mlp.experts.{e}.gate_up.weight": (
+            f"{_LAYER}.mlp.experts.{{e}}.gate_proj.weight",
+            f"{_LAYER}.mlp.experts.{{e}}.up_proj.weight",
+        ),
+        "layers.{i}.mlp.experts.{e}.down.weight": (f"{_LAYER}.mlp.experts.{{e}}.down_proj.weight",),
+    },
+)
+
+# What no published family can say: the other score functions, sinks, any mixture of our own options.
+ATTENDANT = Family(
+    title="Attendant's own",
+    traits="every field of `ModelConfig`: multiplicative and additive scores, attention sinks, any mixture of options",
+    fields={
+        **{
+            own.name: own.name if own.default is MISSING else (own.name, own.default)
+            for own in fields(ModelConfig)
+            if own.name not in ("bos_token_id", "eos_token_ids")
+        },
+        **{name: Derived((name,), read.own_rope(name)) for name in ("rope", "local_rope")},
+    },
+    tensors={},
+)
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": LLAMA,
+    "mistral": _MISTRAL,
+    "mixtral": _MIXTRAL,
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN3,
+    "qwen3_moe": _QWEN3_MOE,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA3,
+    "phi3": _PHI3,
+    "gpt2": _GPT2,
+    "smollm3": _SMOLLM3,
+    "olmo2": _OLMO2,
+    "attendant": ATTENDANT,
+}
+
+
+def table() -> str:
+    """The families as a table in Markdown, for people."""
+    rows = [f"| {family.title} | `{name}` | {family.traits} |" for name, family in FAMILIES.items()]
+    return "\n".join(["| family | `model_type` | what it adds |", "|---|---|---|", *rows])

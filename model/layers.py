@@ -1,20 +1,25 @@
-"""The parts of a decoder that are not attention: linear maps, the norm, rotary positions, the gated MLP."""
+"""The parts of a decoder that are not attention: linear maps, norms, the MLP, the mixture of experts."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.config import ModelConfig
+
 
 class Linear(nn.Module):
-    """y = x W^T, without bias. weight: [out_features, in_features]."""
+    """y = x W^T + b. weight: [out_features, in_features]; bias: [out_features] or None."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] -> [..., out_features]."""
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class TiledLinear(nn.Module):
@@ -28,12 +33,12 @@ class TiledLinear(nn.Module):
 
     def __init__(self, linear: Linear) -> None:
         super().__init__()
-        self.weight = linear.weight
+        self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [rows, in_features] -> [rows, out_features]."""
         padded = F.pad(x, (0, 0, 0, -len(x) % self.ROWS))
-        return torch.cat([F.linear(tile, self.weight) for tile in padded.split(self.ROWS)])[: len(x)]
+        return torch.cat([F.linear(tile, self.weight, self.bias) for tile in padded.split(self.ROWS)])[: len(x)]
 
 
 class Int8Linear(nn.Module):
@@ -49,6 +54,7 @@ class Int8Linear(nn.Module):
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127.0
         self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8).t().contiguous().t())
         self.register_buffer("scale", scale)
+        self.bias = linear.bias
         self.weight: Tensor
         self.scale: Tensor
 
@@ -56,11 +62,12 @@ class Int8Linear(nn.Module):
         """x: [num_tokens, in_features] -> [num_tokens, out_features], in x's dtype."""
         x_scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / 127.0
         quantized = (x / x_scale).round().to(torch.int8)
-        return (torch._int_mm(quantized, self.weight.t()).float() * x_scale * self.scale).to(x.dtype)
+        product = torch._int_mm(quantized, self.weight.t()).float() * x_scale * self.scale
+        return (product if self.bias is None else product + self.bias).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang and Sennrich 2019). weight: [hidden_size]."""
+    """x / rms(x) * weight (Zhang and Sennrich 2019). weight: [hidden_size]. Gemma's 1 + weight is stored as such."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -72,42 +79,74 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-class Rotary(nn.Module):
-    """Rotary positions (Su et al. 2021): pair (i, i + head_dim/2) of a head turns by
-    position * theta^(-2i/head_dim).
-    """
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / std(x) * weight + bias (Ba et al. 2016). weight, bias: [hidden_size]."""
 
-    def __init__(self, head_dim: int, max_positions: int, theta: float) -> None:
+    def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
-        inverse_frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse_frequency)
-        cos, sin = angles.cos(), angles.sin()
-        # The sign of the rotation's second term is folded into the table, so applying it is a roll and two products.
-        self.register_buffer("cos", torch.cat([cos, cos], dim=-1), persistent=False)
-        self.register_buffer("sin", torch.cat([-sin, sin], dim=-1), persistent=False)
-        self.cos: Tensor
-        self.sin: Tensor
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+        self.eps = eps
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions: [num_tokens] -> the cosines and signed sines of those rows, [num_tokens, 1, head_dim]."""
-        return self.cos[positions].unsqueeze(1).to(dtype), self.sin[positions].unsqueeze(1).to(dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., hidden_size]; same shape and dtype out."""
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the heads of x by their positions. x: [num_tokens, heads, head_dim]."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+def norm(config: ModelConfig) -> nn.Module:
+    """The norm of a hidden state."""
+    return (RMSNorm if config.norm == "rms" else LayerNorm)(config.hidden_size, config.norm_eps)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer 2020), with gate and up in one product."""
+    """down(act(gate(x)) * up(x)) (Shazeer 2020), gate and up in one product; or, not gated, down(act(gate(x)))."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_up = Linear(hidden_size, 2 * intermediate_size)
-        self.down = Linear(intermediate_size, hidden_size)
+        self.gated = config.gated_mlp
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate_up = Linear(config.hidden_size, (1 + self.gated) * intermediate_size, bias=config.mlp_bias)
+        self.down = Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [num_tokens, hidden_size]; same shape out."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(F.silu(gate) * up)
+        wide = self.gate_up(x)
+        if self.gated:
+            gate, up = wide.chunk(2, dim=-1)
+            wide = self.activation(gate) * up
+        else:
+            wide = self.activation(wide)
+        out: Tensor = self.down(wide)
+        return out
+
+
+class MixtureOfExperts(nn.Module):
+    """The weighted sum of the MLPs that a router chooses for each token (Shazeer et al. 2017; Jiang et al. 2024).
+
+    The router stays in the checkpoint's precision: a rounded score would send a token elsewhere.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_chosen, self.normalize = config.num_experts_per_token, config.normalize_expert_weights
+        self.router = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.experts = nn.ModuleList(MLP(config, config.expert_intermediate_size) for _ in range(config.num_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [num_tokens, hidden_size]; same shape out. Each expert computes its own tokens, one after another."""
+        odds = F.linear(x, self.router).softmax(dim=-1, dtype=torch.float32)
+        weights, chosen = odds.topk(self.num_chosen, dim=-1)  # [num_tokens, num_chosen]
+        if self.normalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        out = torch.zeros_like(x)
+        for index in chosen.unique().tolist():
+            rows, place = (chosen == index).nonzero(as_tuple=True)
+            out.index_add_(0, rows, self.experts[index](x[rows]) * weights[rows, place, None].to(x.dtype))
         return out

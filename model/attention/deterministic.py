@@ -6,17 +6,18 @@ exactly nothing: its weights are 0, and it leaves the running maximum as it was.
 it is computed alone, in a chunk, in a batch, or over blocks that another request has filled.
 """
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.attention.plan import AttentionPlan
+from model.attention.scores import Scores, visible
 from model.cache.pool import KVPool
 
 ROWS = 16
 SPLIT = 64
+# Less than any score, and finite: a window may leave a row nothing of a split.
+LOWEST = -1e30
 
 
 class DeterministicAttention:
@@ -35,7 +36,7 @@ class DeterministicAttention:
         rows = np.minimum(first[:, None] + np.arange(ROWS), stop[:, None] - 1)
         past = plan.seq_lens - np.diff(plan.query_start_loc)
         positions = past[sequence][:, None] + rows - plan.query_start_loc[sequence][:, None]
-        slots = plan.slots(0, plan.num_seqs)
+        slots = plan.all_slots(0, plan.num_seqs)
         slots = np.pad(slots, ((0, 0), (0, -slots.shape[1] % SPLIT)))[sequence]
         own = rows == first[:, None] + np.arange(ROWS)
         self.slot_mapping = torch.from_numpy(plan.slot_mapping).to(device)
@@ -44,32 +45,35 @@ class DeterministicAttention:
         self.positions = torch.from_numpy(positions).to(device)  # [num_tiles, ROWS]
         self.splits = torch.from_numpy(slots).to(device).split(SPLIT, dim=1)  # each [num_tiles, SPLIT]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the new keys and values, then attend. See `model.decoder.Attend`."""
-        self.pool.store(layer, self.slot_mapping, k, v)
-        keys, values = self.pool.layer(layer)
+    def __call__(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the new keys and values, then attend. See `model.attention.scores.Attend`."""
+        self.pool.store(scores.layer, self.slot_mapping, k, v)
+        keys, values = self.pool.layer(scores.layer)
         out = torch.empty_like(q)
-        out[self.rows[self.own]] = self._attend(q[self.rows].float(), keys, values).to(q.dtype)[self.own]
+        out[self.rows[self.own]] = self._attend(scores, q[self.rows].float(), keys, values).to(q.dtype)[self.own]
         return out
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend(self, scores: Scores, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """q: [num_tiles, ROWS, num_heads, head_dim]; same shape out."""
-        num_kv_heads, group_size = keys.shape[1], q.shape[2] // keys.shape[1]
-        # The query heads of a group stand as rows: [num_tiles, num_kv_heads, ROWS * group_size, head_dim].
-        q = q.unflatten(2, (num_kv_heads, group_size)).transpose(1, 2).flatten(2, 3) / math.sqrt(q.shape[-1])
-        positions = self.positions.repeat_interleave(group_size, dim=1)[:, None, :, None]
-        largest = q.new_full((*q.shape[:3], 1), -torch.inf)
-        total = torch.zeros_like(largest)
+        group_size = q.shape[2] // keys.shape[1]
+        q = q.transpose(1, 2)  # [num_tiles, num_heads, ROWS, head_dim]
+        if scores.sinks is None:
+            largest, total = q.new_full((*q.shape[:3], 1), LOWEST), q.new_zeros((*q.shape[:3], 1))
+        else:  # a key that comes before all others and has no value
+            largest = scores.sinks.to(q.dtype)[None, :, None, None].expand(*q.shape[:3], 1)
+            total = torch.ones_like(largest)
         weighted = torch.zeros_like(q)
         for index, slots in enumerate(self.splits):
-            k, v = (x[slots].float().transpose(1, 2) for x in (keys, values))  # [num_tiles, num_kv_heads, SPLIT, dim]
-            seen = torch.arange(index * SPLIT, (index + 1) * SPLIT, device=q.device) <= positions
-            scores = (q @ k.transpose(2, 3)).masked_fill(~seen, -torch.inf)
-            new_largest = torch.maximum(largest, scores.amax(dim=-1, keepdim=True))
-            weights = (scores - new_largest).exp()
+            # [num_tiles, num_heads, SPLIT, head_dim]
+            k, v = (x[slots].float().transpose(1, 2).repeat_interleave(group_size, dim=1) for x in (keys, values))
+            key_positions = torch.arange(index * SPLIT, (index + 1) * SPLIT, device=q.device)
+            seen = visible(self.positions, key_positions, scores)[:, None]  # [num_tiles, 1, ROWS, SPLIT]
+            score = scores(q, k).masked_fill(~seen, -torch.inf)
+            new_largest = torch.maximum(largest, score.amax(dim=-1, keepdim=True))
+            weights = (score - new_largest).exp()
             shrink = (largest - new_largest).exp()
             total = total * shrink + weights.sum(dim=-1, keepdim=True)
             weighted = weighted * shrink + weights @ v
             largest = new_largest
-        out: Tensor = (weighted / total).unflatten(2, (ROWS, group_size)).transpose(1, 2).flatten(2, 3)
+        out: Tensor = (weighted / total).transpose(1, 2)
         return out

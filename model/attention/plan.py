@@ -47,13 +47,34 @@ class AttentionPlan:
         """Sequences in the step."""
         return len(self.seq_lens)
 
-    def slots(self, first: int, last: int) -> NDArray[np.int64]:
-        """The slots of sequences [first, last): [last - first, longest], padded with slots of the null block."""
-        lens = self.seq_lens[first:last]
-        positions = np.arange(lens.max(initial=0))
-        slots = self.block_tables[first:last, positions // self.block_size] * self.block_size
-        slots += positions % self.block_size
-        return np.where(positions < lens[:, None], slots, 0)
+    def key_positions(
+        self, first: int, last: int, num_new: int, window: int | None, num_sinks: int
+    ) -> NDArray[np.int64]:
+        """What sequences [first, last) look back on: [last - first, num_keys] positions, padded with -1.
+
+        num_new: new tokens of each, at least. window, num_sinks: where they are given, only what some of the new tokens
+        see: the last `window + num_new - 1` positions, and before these the first `num_sinks` of the sequence.
+        """
+        lens = self.seq_lens[first:last, None]
+        longest = int(lens.max(initial=0))
+        near = longest if window is None else min(longest, window + num_new - 1)
+        if near + num_sinks >= longest:
+            positions = np.arange(longest)[None]
+            return np.where(positions < lens, positions, -1)
+        recent = lens - near + np.arange(near)
+        sinks = np.broadcast_to(np.arange(num_sinks), (len(lens), num_sinks))
+        sinks = np.where(sinks < lens - near, sinks, -1)
+        return np.concatenate([sinks, np.where(recent >= 0, recent, -1)], axis=1)
+
+    def slots(self, first: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The slots of `positions` [seqs, num_keys] of the sequences from `first` on; the null slot where negative."""
+        tables = self.block_tables[first : first + len(positions)]
+        blocks = np.take_along_axis(tables, np.maximum(positions, 0) // self.block_size, axis=1)
+        return np.where(positions >= 0, blocks * self.block_size + positions % self.block_size, 0)
+
+    def all_slots(self, first: int, last: int) -> NDArray[np.int64]:
+        """The slots of everything that sequences [first, last) hold: [last - first, longest]."""
+        return self.slots(first, self.key_positions(first, last, 0, None, 0))
 
 
 def token_positions(starts: Sequence[int], query_start_loc: NDArray[np.int64]) -> NDArray[np.int64]:

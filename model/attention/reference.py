@@ -1,11 +1,10 @@
 """Paged causal attention, written to be read: the oracle that every faster path is held against."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from model.attention.plan import AttentionPlan
+from model.attention.scores import Scores
 from model.cache.pool import KVPool
 
 
@@ -15,29 +14,50 @@ class ReferenceAttention:
     def __init__(self, plan: AttentionPlan, pool: KVPool) -> None:
         self.plan, self.pool = plan, pool
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store the new keys and values, then attend (Vaswani et al. 2017, eq. 1). See `model.decoder.Attend`."""
+    def __call__(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the new keys and values, then attend. See `model.attention.scores.Attend`."""
         plan, pool = self.plan, self.pool
-        pool.store(layer, torch.from_numpy(plan.slot_mapping), k, v)
-        keys, values = pool.layer(layer)
+        pool.store(scores.layer, torch.from_numpy(plan.slot_mapping), k, v)
+        keys, values = pool.layer(scores.layer)
         out = torch.empty_like(q)
         for i in range(plan.num_seqs):
             rows = slice(int(plan.query_start_loc[i]), int(plan.query_start_loc[i + 1]))
-            slots = torch.from_numpy(plan.slots(i, i + 1)[0])  # [seq_len]
-            out[rows] = causal_attention(q[rows], keys[slots], values[slots]).to(q.dtype)
+            slots = torch.from_numpy(plan.all_slots(i, i + 1)[0])  # [seq_len]
+            out[rows] = causal_attention(scores, q[rows], keys[slots], values[slots]).to(q.dtype)
         return out
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v for the newest tokens of one sequence, in fp32.
+def causal_attention(scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(score(q, k)) v for the newest tokens of one sequence, in fp32 (Vaswani et al. 2017, eq. 1).
 
     q: [num_new, num_heads, head_dim]; k, v: [seq_len, num_kv_heads, head_dim], of which the last `num_new` are the new
-    tokens' own. Row i sees everything up to and including itself: its future has weight 0.
+    tokens' own. Row i sees everything up to and including itself, as far as its window goes.
     """
-    num_new, num_heads, head_dim = q.shape
-    seq_len, num_kv_heads, _ = k.shape
-    k, v = (x.float().repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q.float(), k) / math.sqrt(head_dim)
-    future = torch.arange(seq_len) > torch.arange(seq_len - num_new, seq_len)[:, None]  # [num_new, seq_len]
-    weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
-    return torch.einsum("hqk,khd->qhd", weights, v)
+    return torch.einsum("hqk,khd->qhd", causal_weights(scores, q, k), _per_query_head(v, q.shape[1]))
+
+
+def causal_weights(scores: Scores, q: Tensor, k: Tensor) -> Tensor:
+    """The softmax weights of the newest tokens of one sequence, [num_heads, num_new, seq_len], in fp32.
+
+    Shapes as in `causal_attention`. What a row does not see has weight 0; with learned sinks a row sums to less than 1.
+    """
+    num_new, num_heads, _ = q.shape
+    seq_len = len(k)
+    k = _per_query_head(k, num_heads)
+    score = scores(q.float().transpose(0, 1), k.transpose(0, 1))  # [num_heads, num_new, seq_len]
+    row, key = torch.arange(seq_len - num_new, seq_len)[:, None], torch.arange(seq_len)
+    hidden = key > row
+    if scores.window is not None:
+        hidden |= (key <= row - scores.window) & (key >= scores.num_sink_tokens)
+    odds = score.masked_fill(hidden, -torch.inf)
+    largest = odds.amax(dim=-1, keepdim=True)
+    total = (odds - largest).exp().sum(dim=-1, keepdim=True)
+    if scores.sinks is not None:
+        total = total + (scores.sinks.float()[:, None, None] - largest).exp()
+    weights: Tensor = (odds - largest).exp() / total
+    return weights
+
+
+def _per_query_head(x: Tensor, num_heads: int) -> Tensor:
+    """Keys or values in fp32, each key/value head once for each query head of its group."""
+    return x.float().repeat_interleave(num_heads // x.shape[1], dim=1)

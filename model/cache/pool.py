@@ -8,6 +8,9 @@ from torch import Tensor
 
 from model.config import ModelConfig
 
+# A slot of the null block: its key and value are zero for ever.
+NULL_SLOT = 0
+
 
 class KVPool:
     """Keys and values of every layer, in slots. A block is `block_size` slots in a row; a slot holds one token.

@@ -17,7 +17,7 @@ from model.engine.scheduler import ScheduledStep
 class Batch:
     """One step on the device. Rows are the new tokens of all sequences, decodes first.
 
-    token_ids, positions: [num_tokens].
+    token_ids, positions, prompt_lens: [num_tokens]; the last is how long the prompt of each token's request is.
     sample_rows: [num_samples]: the rows whose logits give tokens: of each sampling request the last ones.
     sampling: the request of each sample; sample_positions: where the sampled token will stand; guesses: what the
         request's next sample takes it to be, None for the last one.
@@ -25,6 +25,7 @@ class Batch:
 
     token_ids: Tensor
     positions: Tensor
+    prompt_lens: Tensor
     plan: AttentionPlan
     sample_rows: Tensor
     sampling: Sequence[Request]
@@ -55,9 +56,11 @@ def stage(step: ScheduledStep, block_size: int, device: torch.device) -> Batch:
     before_end = np.repeat(samples.cumsum(), samples) - np.arange(samples.sum())
     positions = token_positions(starts, plan.query_start_loc)
     sample_rows = ends - before_end
+    prompt_lens = np.repeat([item.request.num_prompt_tokens for item in scheduled], counts)
     return Batch(
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.from_numpy(positions).to(device),
+        prompt_lens=torch.from_numpy(prompt_lens).to(device),
         plan=plan,
         sample_rows=torch.from_numpy(sample_rows).to(device),
         sampling=[item.request for item in scheduled for _ in range(item.num_samples)],

@@ -50,6 +50,7 @@ class Engine:
         """Load a model directory. Raises `CheckpointError` and `ConfigError`."""
         device = resolve_device(config.device)
         decoder = load_checkpoint(directory, dtype=resolve_dtype(config.dtype, device), device=device)
+        decoder.fold_scores()
         if config.dtype == "int8":
             decoder.quantize()
         if config.deterministic:

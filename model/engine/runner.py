@@ -44,7 +44,8 @@ class Runner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Forwarded:
         """Run the decoder over the step's tokens."""
-        hidden = self.decoder(batch.token_ids, batch.positions, self._attention(batch.plan, self.pool))
+        attention = self._attention(batch.plan, self.pool)
+        hidden = self.decoder(batch.token_ids, batch.positions, attention, batch.prompt_lens)
         # The head is the widest product of all: only rows that sample go through it.
         return Forwarded(hidden, self.decoder.logits(hidden[batch.sample_rows]))
 

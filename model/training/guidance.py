@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from model.attention.dense import DenseCausalAttention
+from model.attention.scores import Scores
 from model.decoder import Decoder, DecoderLayer
+from model.layers import MLP
 
 Head = tuple[int, int]
 
@@ -48,21 +50,22 @@ class GuidedAttention(DenseCausalAttention):
         self.targets = targets
         self.losses: list[Tensor] = []
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `DenseCausalAttention`; the output is the same, bit for bit."""
         for (guided_layer, head), rows in self.targets.items():
-            if guided_layer == layer and len(rows):
-                self.losses.append(self._look(q[:, head], k[:, head * k.shape[1] // q.shape[1]], rows))
-        return super().__call__(layer, q, k, v)
+            if guided_layer == scores.layer and len(rows):
+                self.losses.append(self._look(scores, q[:, head], k[:, head * k.shape[1] // q.shape[1]], rows))
+        return super().__call__(scores, q, k, v)
 
-    def _look(self, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    def _look(self, scores: Scores, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
         """q, k: [batch * length, head_dim] of one head. Mean of -log(attention weight on the targets)."""
+        assert scores.is_plain, "only dot products are guided"
         with torch.autocast(q.device.type, enabled=False):
             q, k = (x.float().unflatten(0, (self.batch, self.length)) for x in (q, k))
             sequence, source, targets = rows[:, 0], rows[:, 1], rows[:, 2:]
-            scores = torch.bmm(q, k.transpose(1, 2))[sequence, source] * q.shape[-1] ** -0.5
+            odds = torch.bmm(q, k.transpose(1, 2))[sequence, source] * scores.scale
             future = torch.arange(self.length, device=q.device) > source[:, None]
-            weights = scores.masked_fill(future, float("-inf")).log_softmax(-1)
+            weights = odds.masked_fill(future, float("-inf")).log_softmax(-1)
             looked = weights.gather(1, targets.clamp(min=0)).masked_fill(targets == NOWHERE, float("-inf"))
             missed: Tensor = -looked.logsumexp(1).mean()
             return missed
@@ -90,6 +93,7 @@ def favour_matching(decoder: Decoder, generator: torch.Generator) -> None:
     copied = torch.randn(keys, config.hidden_size, generator=generator) * std
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
+        assert isinstance(layer.mlp, MLP)
         layer.mlp.down.weight.mul_(0.25)
         layer.output.weight.mul_(0.25)
         q, k, v = layer.qkv.weight.split((queries, keys, keys))

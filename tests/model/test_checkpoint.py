@@ -35,12 +35,12 @@ def edit_weights(directory, edit):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not known; known are: llama"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not known; known are: attendant, gemma2, "),
         ({"hidden_size": ...}, "'hidden_size' is missing"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
-        ({"attention_bias": True}, "attention_bias = True is not supported"),
+        ({"hidden_act": "relu"}, "hidden_act = 'relu' is not supported"),
+        ({"attention_bias": True}, "tensor 'model.layers.0.self_attn.q_proj.bias' is missing"),
         ({"logit_cap": 30.0}, "'logit_cap' is not known and might change the result"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "yarn", "factr": 4.0}}, "rope parameter 'factr' is not known"),
         ({"num_attention_heads": 3}, "num_heads"),
         ({"hidden_size": "64"}, "hidden_size must be a whole number"),
         ({"hidden_size": 128}, "has shape"),

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from model.attention.dense import DenseCausalAttention
+from model.attention.scores import Scores
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.errors import ConfigError
@@ -38,6 +39,7 @@ TINY = ModelConfig(
     max_position_embeddings=512,
     tie_word_embeddings=True,
 )
+FIRST_LAYER = Scores(replace(TINY, num_heads=4, num_kv_heads=2, head_dim=8), 0)
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def test_guidance_measures_without_changing_the_output() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2 * 6, heads, 8, generator=generator) for heads in (4, 2, 2))
     guided = GuidedAttention(2, 6, {(0, 2): torch.tensor([[1, 4, 3], [0, 2, 0]])})
-    assert torch.equal(guided(0, q, k, v), DenseCausalAttention(2, 6)(0, q, k, v))
+    assert torch.equal(guided(FIRST_LAYER, q, k, v), DenseCausalAttention(2, 6)(FIRST_LAYER, q, k, v))
     expected = []
     for sequence, source, target in ((1, 4, 3), (0, 2, 0)):
         query, keys = q[sequence * 6 + source, 2], k[sequence * 6 : sequence * 6 + source + 1, 1]
@@ -148,7 +150,7 @@ def test_a_choice_costs_little_when_nothing_else_can_come() -> None:
 def test_guidance_counts_the_weight_on_any_of_several_targets() -> None:
     q, k, v = torch.zeros(5, 4, 8), torch.zeros(5, 2, 8), torch.zeros(5, 2, 8)
     guided = GuidedAttention(1, 5, {(0, 0): torch.tensor([[0, 3, 0, 2], [0, 3, 1, NOWHERE]])})
-    guided(0, q, k, v)  # all weights are even: 2 of 4 positions, then 1 of 4
+    guided(FIRST_LAYER, q, k, v)  # all weights are even: 2 of 4 positions, then 1 of 4
     assert guided.loss().item() == pytest.approx((math.log(2) + math.log(4)) / 2)
 
 

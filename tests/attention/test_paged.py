@@ -11,6 +11,7 @@ from model.attention.deterministic import DeterministicAttention
 from model.attention.gathered import GatheredAttention
 from model.attention.plan import AttentionPlan
 from model.attention.reference import ReferenceAttention
+from model.attention.scores import Scores
 from model.cache.pool import KVPool
 from model.config import ModelConfig
 
@@ -66,12 +67,16 @@ class Scene:
             self.values.append(v)
             queries.append(torch.randn(new, num_heads, 8, generator=generator))
         self.queries = queries
+        self.scores = Scores(config(num_heads, num_kv_heads), LAYER)
 
     def attend(self, backend: type) -> torch.Tensor:
         starts, counts = zip(*self.lengths, strict=True)
         attend = backend(AttentionPlan.build(BLOCK_SIZE, starts, counts, self.tables), self.pool)
         new = [(k[past:], v[past:]) for (past, _), k, v in zip(self.lengths, self.keys, self.values, strict=True)]
-        return attend(LAYER, torch.cat(self.queries), torch.cat([k for k, _ in new]), torch.cat([v for _, v in new]))
+        new_keys, new_values = (torch.cat(parts) for parts in zip(*new, strict=True))
+        return attend(self.scores, torch.cat(self.queries), new_keys, new_values)
+            self.scores, torch.cat(self.queries), torch.cat([k for k, _ in new]), torch.cat([v for _, v in new])
+        )
 
     def expected(self) -> torch.Tensor:
         return torch.cat([naive(q, k, v) for q, k, v in zip(self.queries, self.keys, self.values, strict=True)])
@@ -116,4 +121,4 @@ def test_a_plan_maps_new_tokens_to_the_slots_behind_the_past():
 
 def test_a_plan_pads_short_sequences_with_the_null_block():
     plan = AttentionPlan.build(4, starts=[1, 4], counts=[1, 1], tables=[[5], [6, 7]])
-    assert plan.slots(0, 2).tolist() == [[20, 21, 0, 0, 0], [24, 25, 26, 27, 28]]
+    assert plan.all_slots(0, 2).tolist() == [[20, 21, 0, 0, 0], [24, 25, 26, 27, 28]]
