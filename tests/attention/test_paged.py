@@ -75,8 +75,6 @@ class Scene:
         new = [(k[past:], v[past:]) for (past, _), k, v in zip(self.lengths, self.keys, self.values, strict=True)]
         new_keys, new_values = (torch.cat(parts) for parts in zip(*new, strict=True))
         return attend(self.scores, torch.cat(self.queries), new_keys, new_values)
-            self.scores, torch.cat(self.queries), torch.cat([k for k, _ in new]), torch.cat([v for _, v in new])
-        )
 
     def expected(self) -> torch.Tensor:
         return torch.cat([naive(q, k, v) for q, k, v in zip(self.queries, self.keys, self.values, strict=True)])
