@@ -116,6 +116,14 @@ def evaluate(context: typer.Context, model: Model = str(EMBEDDED)) -> None:
     evaluation.main([str(resolve(model)), *context.args])
 
 
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure the engine, this machine, and other engines beside ours."""
+    from model.bench.__main__ import main as run_bench
+
+    run_bench(context.args)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""

@@ -1,0 +1,30 @@
+"""The command line of the benchmarks: one module a subcommand."""
+
+import argparse
+from collections.abc import Sequence
+
+from model.bench import engine, prefix, roofline, steps
+
+COMMANDS = {"engine": engine, "steps": steps, "prefix": prefix, "roofline": roofline}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one benchmark. argv: without the program's name; default: the process's own."""
+    parser = argparse.ArgumentParser(prog="attendant bench", description="Measure the engine and what surrounds it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        about = module.__doc__ or ""
+        command = commands.add_parser(
+            name,
+            help=about.partition("\n")[0],
+            description=about,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
