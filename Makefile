@@ -9,8 +9,13 @@ MODEL    ?= model/checkpoints/storyteller
 ARGS     ?=
 HOST     ?= http://127.0.0.1:$(PORT)
 
+# Engines to compare with: their own Python, and llama.cpp from the source distribution of its Python binding.
+PEERS      ?= .venv-peers
+PEERS_JOBS ?= 1
+LLAMA_CPP  := 0.3.36
+
 .DELETE_ON_ERROR:
-.PHONY: serve test check coverage loadtest train evaluate lock clean
+.PHONY: serve test check coverage loadtest train evaluate peers lock clean
 
 serve: $(VENV)/.serve
 	@exec $(BIN)/attendant serve --model "$(MODEL)" --port $(PORT) --replicas $(REPLICAS) $(ARGS)
@@ -36,6 +41,8 @@ train: $(VENV)/.train
 evaluate: $(VENV)/.serve
 	$(BIN)/attendant evaluate --model "$(MODEL)" $(ARGS)
 
+peers: $(PEERS)/.peers $(PEERS)/.llama.cpp
+
 lock:
 	$(PYTHON) deploy/lock/compile.py
 
@@ -54,4 +61,23 @@ $(VENV)/.serve: $(VENV)/.python deploy/lock/serve.txt pyproject.toml
 
 $(VENV)/.%: $(VENV)/.serve deploy/lock/%.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement deploy/lock/$*.txt
+	@touch $@
+
+# torchvision comes with Optimum; nothing here needs it, and transformers fails to import beside it.
+$(PEERS)/.peers: deploy/lock/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
+
+$(PEERS)/.llama.cpp: export PATH := $(abspath $(PEERS))/bin:$(PATH)
+$(PEERS)/.llama.cpp: $(PEERS)/.peers
+	mkdir -p $(PEERS)/llama.cpp
+	$(PEERS)/bin/python -m pip download --quiet --disable-pip-version-check --dest $(PEERS) --no-deps \
+	    --no-binary llama-cpp-python --no-build-isolation llama-cpp-python==$(LLAMA_CPP)
+	tar --extract --gzip --file $(PEERS)/llama_cpp_python-$(LLAMA_CPP).tar.gz --directory $(PEERS)/llama.cpp \
+	    --strip-components 3 llama_cpp_python-$(LLAMA_CPP)/vendor/llama.cpp
+	cmake -S $(PEERS)/llama.cpp -B $(PEERS)/llama.cpp/build -G Ninja -D CMAKE_BUILD_TYPE=Release \
+	    -D GGML_NATIVE=ON -D LLAMA_CURL=OFF -D LLAMA_OPENSSL=OFF -D LLAMA_BUILD_UI=OFF
+	cmake --build $(PEERS)/llama.cpp/build --parallel $(PEERS_JOBS) --target llama-batched-bench llama-server
 	@touch $@

@@ -1,6 +1,7 @@
 """Writes the lock files beside it: every package of an install, pinned. Run it by `make lock` after editing pyproject.
 
 `serve.txt` is what serving needs; `train.txt`, `load.txt` and `test.txt` add their extra to it and hold what is new.
+`peers.txt` stands alone: the engines that we are compared with live in a Python of their own.
 """
 
 import json
@@ -48,6 +49,7 @@ def main() -> None:
         pins = resolve([*project["dependencies"], *extras[name]], pinned)
         write(name, {package: pins[package] for package in pins.keys() - serve.keys()}, includes=("serve",))
         pinned |= pins
+    write("peers", resolve(extras["peers"], {}))
 
 
 if __name__ == "__main__":
