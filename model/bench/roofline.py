@@ -1,8 +1,8 @@
 """What this machine could do at best: its own memory bandwidth and product rates, measured, and what a step needs.
 
 A step cannot be faster than reading what it must read, nor than computing what it must compute (Williams, Waterman and
-Patterson 2009). The count is kind to nobody: it leaves out norms, quantization scales and every activation, and lets
-reading and computing overlap fully. Weights that fit the last-level cache can beat it, as they need no DRAM.
+Patterson 2009). The count leaves out norms, quantization scales and every activation, and lets reading and computing
+overlap fully, so the true limit is lower. Weights that fit the last-level cache can beat it, as they need no DRAM.
 """
 
 import argparse
@@ -47,10 +47,22 @@ class Work:
 
 
 def layer_weights(model: ModelConfig) -> int:
-    """Numbers in the matrices of all layers."""
+    """Numbers in the matrices of all layers that a token goes through: of experts only those that it is sent to."""
     query, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    attention = model.hidden_size * (2 * query + 2 * kv)
-    return model.num_layers * (attention + 3 * model.hidden_size * model.intermediate_size)
+    projections = 3 if model.gated_mlp else 2
+    dense_layers = len(model.dense_layers) if model.num_experts else model.num_layers
+    expert_sizes = model.num_experts + model.num_experts_per_token * projections * model.expert_intermediate_size
+    return model.hidden_size * (
+        model.num_layers * (2 * query + 2 * kv)
+        + dense_layers * projections * model.intermediate_size
+        + (model.num_layers - dense_layers) * expert_sizes
+    )
+
+
+def attended(model: ModelConfig, context: int) -> int:
+    """Tokens that the newest of `context` tokens attends to, added up over all layers."""
+    windowed = model.num_layers - len(model.full_attention_layers) if model.sliding_window else 0
+    return (model.num_layers - windowed) * context + windowed * min(context, model.sliding_window or context)
 
 
 def head_weights(model: ModelConfig) -> int:
@@ -61,21 +73,22 @@ def head_weights(model: ModelConfig) -> int:
 def decode_work(model: ModelConfig, dtype: str, batch: int, context: int) -> Work:
     """One decode step of `batch` requests, each over `context` tokens of cache."""
     weights = layer_weights(model) + head_weights(model)
-    cached = 2 * model.num_layers * model.num_kv_heads * model.head_dim * batch * context
+    seen = batch * attended(model, context)
     return Work(
-        read_bytes=WEIGHT_BYTES[dtype] * weights + CACHE_BYTES[dtype] * cached,
+        read_bytes=WEIGHT_BYTES[dtype] * weights + CACHE_BYTES[dtype] * 2 * model.num_kv_heads * model.head_dim * seen,
         linear=2 * weights * batch,
-        attention=4 * model.num_layers * model.num_heads * model.head_dim * batch * context,
+        attention=4 * model.num_heads * model.head_dim * seen,
     )
 
 
 def prefill_work(model: ModelConfig, dtype: str, batch: int, length: int) -> Work:
     """The prompts of `batch` requests at once, `length` tokens each: every token attends to those before it."""
     weights = layer_weights(model) + head_weights(model)
+    seen = batch * sum(attended(model, context) for context in range(1, length + 1))
     return Work(
         read_bytes=WEIGHT_BYTES[dtype] * weights,
         linear=2 * batch * (layer_weights(model) * length + head_weights(model)),  # the head: once a prompt
-        attention=2 * model.num_layers * model.num_heads * model.head_dim * batch * length * (length + 1),
+        attention=4 * model.num_heads * model.head_dim * seen,
     )
 
 

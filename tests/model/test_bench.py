@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,20 @@ def test_prefill_puts_only_one_row_a_prompt_through_the_head():
     head = 49152 * 576
     assert work.linear == 2 * 2 * (512 * (LINEAR - head) + head)
     assert work.attention == 2 * 4 * 30 * 9 * 64 * sum(range(1, 513))
+
+
+def test_a_window_bounds_what_its_layers_read():
+    windowed = replace(SMOLLM2, sliding_window=50, full_attention_layers=(0, 1))
+    assert roofline.attended(windowed, 100) == 2 * 100 + 28 * 50
+    assert roofline.attended(windowed, 20) == 30 * 20
+
+
+def test_of_experts_only_those_that_a_token_is_sent_to_count():
+    sparse = replace(
+        SMOLLM2, num_experts=8, num_experts_per_token=2, expert_intermediate_size=100, dense_layers=tuple(range(29))
+    )
+    dense_mlp, experts = 3 * 576 * 1536, 576 * (8 + 2 * 3 * 100)
+    assert roofline.layer_weights(sparse) == roofline.layer_weights(SMOLLM2) - dense_mlp + experts
 
 
 def test_the_roofline_is_the_slower_of_reading_and_computing():
