@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from ray import serve
 
 from model.config import Device, Dtype
+from service.door import Door
 from service.ingress import Ingress
 from service.replica import EngineReplica
 
@@ -18,7 +19,7 @@ from service.replica import EngineReplica
 UNBOUNDED = 100_000
 
 
-class AppArgs(BaseModel):
+class AppArgs(Door):
     """What an operator may choose. `None` means: decided from the checkpoint and the machine.
 
     model: a Hugging Face directory; model_name: what clients call it, the directory's own name by default.
@@ -44,7 +45,7 @@ class AppArgs(BaseModel):
     @property
     def engine_options(self) -> dict[str, Any]:
         """What becomes of it in a replica: the arguments of `EngineConfig`."""
-        options = self.model_dump(exclude={"model", "model_name", "replicas", "max_waiting"})
+        options = self.model_dump(exclude={"model", "model_name", "replicas", "max_waiting", *Door.model_fields})
         # Half of the cores compute; HTTP, text and Ray have the others. With both of 2 cores the embedded model gave
         # a third fewer tokens (docs/benchmarks.md).
         options["num_threads"] = self.num_threads or max(1, (os.cpu_count() or 2) // (2 * self.replicas))
@@ -75,4 +76,4 @@ def build(args: AppArgs) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         ray_actor_options={"num_cpus": 0},
     )(serve.ingress()(Ingress))
-    return ingress.bind(engines.bind(directory, name, args.engine_options, args.max_waiting), directory, name)
+    return ingress.bind(engines.bind(directory, name, args.engine_options, args.max_waiting), directory, name, args)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from rich.console import Console
 from model.config import Device, Dtype
 from model.errors import AttendantError, InvalidRequest
 from service import __version__
+from service.cli_keys import keys
 from service.data_plane import DataPlane
 from service.hub import EMBEDDED, resolve
 
@@ -22,11 +24,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(keys)
 console = Console(stderr=True, highlight=False)
 
 Model = Annotated[str, typer.Option(help="A model directory, or the id of one on the Hugging Face hub.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="The numbers that weights are computed in.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where the engine runs.")]
+KeysFile = Annotated[
+    Path | None, typer.Option(envvar="ATTENDANT_API_KEYS_FILE", help="The API keys that are let in; see `keys add`.")
+]
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -48,9 +54,23 @@ def serve(
     data_plane: Annotated[
         DataPlane, typer.Option(help="How HTTP reaches the ingress: through HAProxy, or through Serve's own proxy.")
     ] = "haproxy",
+    api_keys_file: KeysFile = None,
+    allow_anonymous: Annotated[
+        bool, typer.Option("--allow-anonymous", help="Serve other machines without API keys.")
+    ] = False,
+    share_prefixes: Annotated[
+        bool, typer.Option("--share-prefixes", help="Requests of different keys share cached prompts.")
+    ] = False,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="An origin whose pages may call the service; give it once for each.")
+    ] = None,
+    limit: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, one of the limits in service/limits.py; once for each.")
+    ] = None,
 ) -> None:
     """Start the service on this machine, until Ctrl-C."""
     from service.app import AppArgs
+    from service.limits import Limits
     from service.serve import Address, run
 
     args = AppArgs(
@@ -63,8 +83,12 @@ def serve(
         kv_cache_tokens=kv_cache_tokens,
         speculative_tokens=speculative_tokens,
         deterministic=deterministic,
+        api_keys_file=str(api_keys_file.resolve()) if api_keys_file else None,
+        share_prefixes=share_prefixes,
+        cors_origins=tuple(cors_origin or ()),
+        limits=Limits.from_texts(limit or []),
     )
-    run(args, Address(host, port), data_plane)
+    run(args, Address(host, port), data_plane, allow_anonymous=allow_anonymous)
 
 
 @app.command()

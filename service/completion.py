@@ -12,9 +12,11 @@ from model.sampling.params import SamplingParams, sibling_seed
 from model.text.chat_template import ChatTemplate
 from model.text.detokenize import Detokenizer
 from model.text.tokenizer import Tokenizer
-from service.api.schemas import MAX_CHOICES, SamplingFields
+from service.api.schemas import SamplingFields
+from service.call import Call
 from service.channel import Work
 from service.dispatch import Dispatcher
+from service.limits import Limits
 from service.metrics import IngressMetrics
 from service.streams import Generation, Piece
 
@@ -32,6 +34,7 @@ class Service:
     chat_template: ChatTemplate | None
     dispatcher: Dispatcher
     metrics: IngressMetrics
+    limits: Limits
 
 
 class Delta(NamedTuple):
@@ -69,10 +72,7 @@ class Choice:
 
 
 class Completion:
-    """All choices of one request. Iterate it for the text; close it whatever happens.
-
-    arrived: when the request did, on `time.perf_counter`'s clock.
-    """
+    """All choices of one request. Iterate it for the text; close it whatever happens."""
 
     def __init__(
         self,
@@ -80,33 +80,39 @@ class Completion:
         generation: Generation,
         prompts: Sequence[list[int]],
         stop: Sequence[str],
-        arrived: float,
+        call: Call,
     ) -> None:
         self._service = service
+        self._call = call
         self._generation = generation
         self._choices_per_prompt = len(generation.streams) // len(prompts)
-        self._arrived = arrived
         self._choices = [Choice(Detokenizer(service.tokenizer, stop)) for _ in generation.streams]
         self._first: list[Piece] = []
         self._num_prompt_tokens = sum(map(len, prompts))
 
     @classmethod
     async def start(
-        cls, service: Service, prompts: Sequence[list[int]], fields: SamplingFields, max_tokens: int | None
+        cls,
+        service: Service,
+        call: Call,
+        prompts: Sequence[list[int]],
+        fields: SamplingFields,
+        max_tokens: int | None,
     ) -> Self:
         """Submit the request and wait for its first token, so that a failure still has a status code of its own.
 
         max_tokens: for each choice; None means all that the context has room for.
         Raises `InvalidRequest` and `ServiceError`.
         """
-        arrived = time.perf_counter()
+        service.limits.check_prompts(prompts)
         info = await service.dispatcher.describe()
         n = fields.n or 1
         num_choices = n * len(prompts)
-        if num_choices > min(MAX_CHOICES, info.capacity):
+        max_choices = min(service.limits.max_choices, info.capacity)
+        if num_choices > max_choices:
             raise InvalidRequest(
                 f"{len(prompts)} prompts times n={n} are {num_choices} choices; "
-                f"at most {min(MAX_CHOICES, info.capacity)} are served in one request",
+                f"at most {max_choices} are served in one request",
                 param="n" if n > 1 else "prompt",
             )
         seed = secrets.randbits(63) if fields.seed is None else fields.seed
@@ -114,10 +120,16 @@ class Completion:
         for ids in prompts:
             limit = max_tokens or max(1, info.max_model_len - len(ids))
             works += [Work(ids, _sampling_params(fields, limit, sibling_seed(seed, choice))) for choice in range(n)]
-        generation = await service.dispatcher.open(works)
-        completion = cls(service, generation, prompts, fields.stop_strings, arrived)
+        call.reserve(sum(map(len, prompts)) + sum(work.params.max_tokens for work in works))
         try:
-            completion._first = await completion._generation.next()
+            async with call.in_time():
+                generation = await service.dispatcher.open(works)
+        except BaseException:
+            call.settle(0)
+            raise
+        completion = cls(service, generation, prompts, fields.stop_strings, call)
+        try:
+            completion._first = await completion._next()
             completion._raise_first_error(completion._first)
         except BaseException:
             completion.close()
@@ -135,7 +147,7 @@ class Completion:
             self._raise_first_error(pieces)
             if all(choice.finish_reason is not None for choice in self._choices):
                 return
-            pieces = await self._generation.next()
+            pieces = await self._next()
 
     async def texts(self) -> list[tuple[str, str]]:
         """Wait for the end: the whole text and the finish reason of each choice. Raises `ServiceError`."""
@@ -163,6 +175,14 @@ class Completion:
         metrics.prompt_tokens.inc(self._num_prompt_tokens)
         metrics.cached_tokens.inc(self._num_cached_tokens())
         metrics.prompt_length.observe(self._num_prompt_tokens)
+        self._call.settle(self._num_prompt_tokens + sum(choice.num_tokens for choice in self._choices))
+
+    async def _next(self) -> list[Piece]:
+        """The next pieces. Raises `DeadlineExceeded`, whatever the engine is doing."""
+        if self._call.deadline is None:
+            return await self._generation.next()
+        async with self._call.in_time():
+            return await self._generation.next()
 
     def _num_cached_tokens(self) -> int:
         return sum(choice.num_cached_tokens for choice in self._choices[:: self._choices_per_prompt])
@@ -176,7 +196,7 @@ class Completion:
         if before == 0:
             choice.first_at = now
             choice.num_cached_tokens = piece.num_cached_tokens
-            metrics.ttft.observe(now - self._arrived)
+            metrics.ttft.observe(now - self._call.arrived)
         else:
             metrics.itl.observe((now - choice.last_at) / max(1, choice.num_tokens - before))
         choice.last_at = now
@@ -192,7 +212,7 @@ class Completion:
         # A stop string ends the text while the engine is still writing.
         self._service.dispatcher.abort([self._generation.streams[index]])
         metrics.finished(choice.finish_reason or "")
-        metrics.e2e.observe(now - self._arrived)
+        metrics.e2e.observe(now - self._call.arrived)
         metrics.generation_length.observe(choice.num_tokens)
         if choice.num_tokens > 1:
             metrics.tpot.observe((choice.last_at - choice.first_at) / (choice.num_tokens - 1))

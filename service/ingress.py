@@ -12,13 +12,15 @@ from model.text.tokenizer import Tokenizer
 from service.api.routes import create_api
 from service.completion import Service
 from service.dispatch import Dispatcher
+from service.door import Door
 from service.metrics import IngressMetrics
 
 
 class Ingress:
     """Raises `CheckpointError` when the directory's tokenizer or chat template cannot be read."""
 
-    def __init__(self, engines: DeploymentHandle[Any], model: str, model_name: str) -> None:
+    def __init__(self, engines: DeploymentHandle[Any], model: str, model_name: str, door: Door) -> None:
+        self._door = door
         metrics = IngressMetrics(model_name)
         self._service = Service(
             model_name=model_name,
@@ -27,6 +29,7 @@ class Ingress:
             chat_template=ChatTemplate.from_directory(Path(model)),
             dispatcher=Dispatcher(engines, metrics),
             metrics=metrics,
+            limits=door.limits,
         )
 
     def __del__(self) -> None:
@@ -35,4 +38,4 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once the constructor is through."""
-        return create_api(self._service)
+        return create_api(self._service, self._door)

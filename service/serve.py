@@ -12,12 +12,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from service.data_plane import DataPlane, environment
 from service.errors import StartError
+from service.keys import read
 from service.preflight import Preflight
 
 if TYPE_CHECKING:
@@ -44,9 +46,10 @@ class Stop(BaseException):
     """SIGINT or SIGTERM arrived. No `Exception`: nothing on the way may swallow it."""
 
 
-def run(args: "AppArgs", address: Address, data_plane: DataPlane) -> None:
-    """Serve until SIGINT or SIGTERM. Raises `StartError` when it cannot start."""
+def run(args: "AppArgs", address: Address, data_plane: DataPlane, *, allow_anonymous: bool = False) -> None:
+    """Serve until SIGINT or SIGTERM. Raises `StartError` when it cannot start, `ConfigError` for the file of keys."""
     check_port(address)
+    check_keys(args.api_keys_file, address, allow_anonymous=allow_anonymous)
     preflight = Preflight(Path(args.model), args.engine_options)  # beside Ray's start, which takes longer
     _heed_signals()
     # Stop ends it all: while it starts at once, while it serves in order, and a second one at once again.
@@ -74,6 +77,25 @@ def check_port(address: Address) -> None:
                 f"cannot listen on {address.host} port {address.port}: {os.strerror(error.errno or 0)}; "
                 "stop what uses it, or choose another with --port"
             ) from None
+
+
+def check_keys(file: str | None, address: Address, *, allow_anonymous: bool) -> None:
+    """Read the keys once. Raises `StartError` where anybody could come in from another machine."""
+    if file is not None:
+        read(Path(file))
+    elif not (allow_anonymous or _is_loopback(address.host)):
+        raise StartError(
+            f"without API keys, everybody who reaches {address.host} could use the service; make a key with "
+            "`attendant keys add` and name its file with --api-keys-file, or say --allow-anonymous"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return all(ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
 
 
 @contextmanager

@@ -1,35 +1,62 @@
-"""Reads a request's body: bounded in size, strict in form."""
+"""Reads a request's body: bounded in size and time, strict in form."""
 
+import asyncio
 import json
 from typing import TypeVar
 
-import pydantic_core
+import jiter
 from fastapi import Request
 
 from model.errors import InvalidRequest
 from service.api.schemas import SamplingFields, parse
-from service.errors import BodyTooLarge, NotFound
+from service.call import call_of
+from service.completion import Service
+from service.errors import BodyTooLarge, BodyTooSlow, NotFound
+from service.limits import Limits
 
-MAX_BODY_BYTES = 1 << 20
+NUL = rb"\u0000"  # as JSON writes it; the bare byte is no JSON
 
 RequestBody = TypeVar("RequestBody", bound=SamplingFields)
 
 
 async def read(request: Request, schema: type[RequestBody], model_name: str) -> RequestBody:
-    """The body as `schema`, for this model. Raises `InvalidRequest`, `BodyTooLarge` or `NotFound`."""
+    """The body as `schema`, for this model.
+
+    Raises `InvalidRequest`, `BodyTooLarge`, `BodyTooSlow` or `NotFound`.
+    """
+    service: Service = request.app.state.service
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json":
         raise InvalidRequest("send the body as JSON, with the header content-type: application/json")
-    raw = await _read_bounded(request)
-    try:
-        # Not the standard library's parser: it takes NaN, lone surrogates and any depth.
-        decoded = pydantic_core.from_json(raw, allow_inf_nan=False)
-    except ValueError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
-    body = parse(schema, decoded)
+    body = parse(schema, decode(await _read_bounded(request, service.limits)))
     if body.model is not None and body.model != model_name:
         raise unknown_model(body.model, model_name)
+    service.limits.check(body)
+    if body.deadline_ms is not None:
+        call_of(request).limit_to(body.deadline_ms)
     return body
+
+
+def decode(raw: bytes) -> object:
+    """A JSON text as Python's objects. Raises `InvalidRequest` with the place of what is wrong.
+
+    Not the standard library's parser: it takes NaN, lone surrogates, any depth, and of two equal keys the second.
+    """
+    try:
+        decoded: object = jiter.from_json(raw, allow_inf_nan=False, catch_duplicate_keys=True)
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if NUL in raw and _holds_nul(decoded):
+        raise InvalidRequest("the body is not valid JSON for us: a text in it holds the character NUL")
+    return decoded
+
+
+def _holds_nul(value: object) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, dict):
+        return any(map(_holds_nul, value)) or any(map(_holds_nul, value.values()))
+    return isinstance(value, list) and any(map(_holds_nul, value))
 
 
 def unknown_model(asked: str, served: str) -> NotFound:
@@ -38,18 +65,24 @@ def unknown_model(asked: str, served: str) -> NotFound:
     return NotFound(f"there is no model {name}; this service has {served}", param="model", code="model_not_found")
 
 
-async def _read_bounded(request: Request) -> bytes:
+async def _read_bounded(request: Request, limits: Limits) -> bytes:
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-        raise _too_large()
+    if declared.isdigit() and int(declared[:20]) > limits.max_body_bytes:
+        raise _too_large(limits)
     chunks, size = [], 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise _too_large()
-        chunks.append(chunk)
+    try:
+        async with asyncio.timeout(limits.max_body_seconds):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limits.max_body_bytes:
+                    raise _too_large(limits)
+                chunks.append(chunk)
+    except TimeoutError:
+        raise BodyTooSlow(
+            f"the body did not arrive within {limits.max_body_seconds:g} s", code="body_too_slow"
+        ) from None
     return b"".join(chunks)
 
 
-def _too_large() -> BodyTooLarge:
-    return BodyTooLarge(f"the body exceeds {MAX_BODY_BYTES} bytes", code="body_too_large")
+def _too_large(limits: Limits) -> BodyTooLarge:
+    return BodyTooLarge(f"the body exceeds {limits.max_body_bytes} bytes", code="body_too_large")

@@ -11,6 +11,7 @@ from service.api import body as request_body
 from service.api.connection import while_connected
 from service.api.schemas import ChatRequest
 from service.api.sse import ChunkWriter, EventStream, event
+from service.call import Call, call_of
 from service.completion import Completion, Delta, Service, encode
 from service.metrics import IngressMetrics
 
@@ -22,13 +23,13 @@ async def create_chat_completion(request: Request) -> Response:
     """Write the assistant's next message."""
     service: Service = request.app.state.service
     body = await request_body.read(request, ChatRequest, service.model_name)
-    return await while_connected(request, service.metrics, _answer(service, body))
+    return await while_connected(request, service.metrics, _answer(service, call_of(request), body))
 
 
-async def _answer(service: Service, body: ChatRequest) -> Response:
+async def _answer(service: Service, call: Call, body: ChatRequest) -> Response:
     prompt = await _render(service, body)
     try:
-        completion = await Completion.start(service, [prompt], body, body.token_limit)
+        completion = await Completion.start(service, call, [prompt], body, body.token_limit)
     except InvalidRequest as error:
         if error.param == "prompt":  # the engine's word for what a chat calls its messages
             error.param = "messages"

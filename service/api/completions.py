@@ -10,6 +10,7 @@ from service.api import body as request_body
 from service.api.connection import while_connected
 from service.api.schemas import CompletionRequest
 from service.api.sse import ChunkWriter, EventStream, event
+from service.call import Call, call_of
 from service.completion import Completion, Delta, Service, encode
 from service.metrics import IngressMetrics
 
@@ -23,12 +24,12 @@ async def create_completion(request: Request) -> Response:
     """Continue one or more prompts."""
     service: Service = request.app.state.service
     body = await request_body.read(request, CompletionRequest, service.model_name)
-    return await while_connected(request, service.metrics, _answer(service, body))
+    return await while_connected(request, service.metrics, _answer(service, call_of(request), body))
 
 
-async def _answer(service: Service, body: CompletionRequest) -> Response:
+async def _answer(service: Service, call: Call, body: CompletionRequest) -> Response:
     prompts = body.token_prompts or await encode(service, body.texts)
-    completion = await Completion.start(service, prompts, body, body.max_tokens or DEFAULT_MAX_TOKENS)
+    completion = await Completion.start(service, call, prompts, body, body.max_tokens or DEFAULT_MAX_TOKENS)
     envelope = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",

@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from model.errors import AttendantError, InvalidRequest
-from service.errors import Overloaded, ServiceError
+from service.errors import ServiceError
 
 
 def error_body(
@@ -33,7 +33,7 @@ def describe(error: Exception) -> tuple[int, dict[str, dict[str, Any]]]:
 def error_response(error: Exception) -> JSONResponse:
     """The whole answer to a request that failed before its headers were sent."""
     status, body = describe(error)
-    headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, Overloaded) else None
+    headers = error.headers if isinstance(error, ServiceError) else None
     return JSONResponse(body, status_code=status, headers=headers)
 
 

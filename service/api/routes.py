@@ -1,70 +1,50 @@
 """The whole HTTP application: the routes, what surrounds them, and the document that describes them."""
 
-import logging
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.api import chat, completions, errors, operations
+from service.api.envelope import REQUEST_ID, Envelope
+from service.api.gate import DEADLINE_HEADER, Gate
 from service.api.schemas import ChatRequest, CompletionRequest
 from service.completion import Service
-
-logger = logging.getLogger(__name__)
+from service.door import Door
+from service.keys import KeyRing
 
 SCHEMA_REF = "#/components/schemas/{model}"
 BODIES: dict[str, type[BaseModel]] = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
 
 
-def create_api(service: Service) -> FastAPI:
-    """The application for one service. It knows nothing of Ray beyond the dispatcher."""
+def create_api(service: Service, door: Door) -> FastAPI:
+    """The application for one service. It knows nothing of Ray beyond the dispatcher.
+
+    Raises `ConfigError` for a file of keys that cannot be read.
+    """
+    keys = KeyRing(Path(door.api_keys_file)) if door.api_keys_file else None
     api = FastAPI(title="Attendant", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     api.state.service = service
     for part in (completions, chat, operations):
         api.include_router(part.router)
     errors.install(api)
-    api.add_middleware(Envelope, service=service)
+    # The last one added is the outermost. A browser asks its question of CORS without a key.
+    api.add_middleware(Gate, door=door, keys=keys)
+    if door.cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=door.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", REQUEST_ID, DEADLINE_HEADER],
+            expose_headers=[REQUEST_ID, "retry-after"],
+        )
+    api.add_middleware(Envelope, metrics=service.metrics)
     document = _document(api)
     api.openapi = lambda: document  # type: ignore[method-assign]  # FastAPI's own way to override it
     return api
-
-
-class Envelope:
-    """Around every request: the count of its answer, and an honest 500 for what nobody foresaw."""
-
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app = app
-        self._metrics = service.metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One ASGI call."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        started = False
-
-        async def send_counted(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                self._metrics.responded(_route(scope), message["status"])
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_counted)
-        except Exception as error:
-            # Serve gives every request an id, the client's own if it sent one, and returns it in the answer.
-            logger.exception("request %s failed", Headers(scope=scope).get("x-request-id"))
-            if not started:
-                await errors.error_response(error)(scope, receive, send_counted)
-
-
-def _route(scope: Scope) -> str:
-    """The pattern that matched, never the path that was asked for: clients must not create label values."""
-    route = scope.get("route")
-    return getattr(route, "path", "none")
 
 
 def _document(api: FastAPI) -> dict[str, Any]:

@@ -79,6 +79,8 @@ class SamplingFields(Strict):
     """What both endpoints share. `None` means the default, as it does for OpenAI.
 
     `model` may be left out: a service has one. `user` is metadata for the operator and has no effect, as with OpenAI.
+    `deadline_ms`, or the header `X-Request-Deadline-Ms`: milliseconds from the request's arrival until it must be
+    over; what is then not finished ends with an error, and what has not begun never does.
     """
 
     model: str | None = None
@@ -93,6 +95,7 @@ class SamplingFields(Strict):
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     user: str | None = None
+    deadline_ms: Annotated[int, Field(ge=0, le=24 * 3600 * 1000)] | None = None
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Self:

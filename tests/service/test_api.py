@@ -11,11 +11,12 @@ import pytest
 
 from model.text.chat_template import ChatTemplate
 from model.text.tokenizer import Tokenizer
-from service.api.body import MAX_BODY_BYTES
 from service.api.routes import create_api
 from service.channel import Refused
 from service.completion import Service
 from service.dispatch import Dispatcher
+from service.door import Door
+from service.limits import Limits
 from service.metrics import IngressMetrics
 from tests.service.fakes import FakeFleet
 
@@ -44,12 +45,12 @@ def service(tiny_model: Path) -> Service:
     tokenizer = Tokenizer.from_directory(tiny_model)
     metrics = IngressMetrics("tiny")
     dispatcher = Dispatcher(Storyteller(tokenizer), metrics)  # type: ignore[arg-type]
-    return Service("tiny", 0, tokenizer, ChatTemplate.from_directory(tiny_model), dispatcher, metrics)
+    return Service("tiny", 0, tokenizer, ChatTemplate.from_directory(tiny_model), dispatcher, metrics, Limits())
 
 
 @pytest.fixture
 async def api(service: Service) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(create_api(service), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(create_api(service, Door()), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://attendant") as client:
         yield client
 
@@ -196,7 +197,7 @@ async def test_a_body_of_another_kind_is_refused(api: httpx.AsyncClient) -> None
 
 
 async def test_a_body_over_the_limit_is_refused(api: httpx.AsyncClient) -> None:
-    refusal(await complete(api, prompt="x" * MAX_BODY_BYTES), 413)
+    refusal(await complete(api, prompt="x" * Limits().max_body_bytes), 413)
 
 
 async def test_a_body_that_hides_its_size_is_refused_all_the_same(api: httpx.AsyncClient) -> None:
@@ -283,7 +284,9 @@ async def test_a_client_that_leaves_before_the_first_token_stops_the_engine(serv
 
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
-    call = asyncio.create_task(create_api(service)({**scope, "http_version": "1.1", "scheme": "http"}, receive, send))
+    call = asyncio.create_task(
+        create_api(service, Door())({**scope, "http_version": "1.1", "scheme": "http"}, receive, send)
+    )
     async with asyncio.timeout(5):
         while not fleet.replicas["a"].submitted:
             await asyncio.sleep(0)

@@ -1,0 +1,73 @@
+"""The door: no request goes on with too large a header, without a key, or above its key's limits."""
+
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from model.errors import AttendantError, InvalidRequest
+from service.api.errors import error_response
+from service.call import Call, call_in
+from service.door import Door
+from service.errors import HeadersTooLarge
+from service.keys import KeyRing
+from service.quota import Quota
+
+# What an orchestrator asks without a key; all else needs one.
+PROBES = ("/health", "/ready")
+DEADLINE_HEADER = "x-request-deadline-ms"
+MAX_DEADLINE_MS = 24 * 3600 * 1000
+LINE_OVERHEAD = 4  # ": " and the line's end
+
+
+class Gate:
+    """Around every route. Without keys everybody may come in."""
+
+    def __init__(self, app: ASGIApp, door: Door, keys: KeyRing | None) -> None:
+        self._app = app
+        self._limits = door.limits
+        self._keys = keys
+        self._share_prefixes = door.share_prefixes
+        self._quotas: dict[str, Quota] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI call."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        call = call_in(scope)
+        try:
+            self._check_size(scope["headers"])
+            headers = Headers(scope=scope)
+            _read_deadline(headers, call)
+            if self._keys is not None and scope["path"] not in PROBES:
+                self._identify(self._keys, headers, call)
+        except AttendantError as error:
+            return await error_response(error)(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if call.quota is not None:
+                call.quota.leave()
+
+    def _check_size(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        size = sum(len(name) + len(value) + LINE_OVERHEAD for name, value in headers)
+        if size > self._limits.max_header_bytes:
+            raise HeadersTooLarge(f"the header has {size} bytes, and at most {self._limits.max_header_bytes} are taken")
+
+    def _identify(self, keys: KeyRing, headers: Headers, call: Call) -> None:
+        key = keys.authenticate(headers.get("authorization"))
+        quota = self._quotas.setdefault(key.id, Quota(self._limits.max_streams_per_key))
+        quota.enter(key)
+        call.key, call.quota = key, quota
+        call.tenant = "" if self._share_prefixes else key.id
+
+
+def _read_deadline(headers: Headers, call: Call) -> None:
+    text = headers.get(DEADLINE_HEADER)
+    if text is None:
+        return
+    if not (text.isascii() and text.isdigit() and int(text[:10]) == int(text) <= MAX_DEADLINE_MS):
+        raise InvalidRequest(
+            f"the header {DEADLINE_HEADER} takes whole milliseconds from 0 to {MAX_DEADLINE_MS}", param=DEADLINE_HEADER
+        )
+    call.limit_to(int(text))

@@ -1,0 +1,92 @@
+"""One HTTP request on its way through the service: who sent it, until when it may run, where its time goes."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import Request
+from starlette.types import Scope
+
+from service.errors import DeadlineExceeded
+from service.keys import ApiKey
+from service.quota import Quota
+
+SCOPE_KEY = "attendant.call"
+
+
+class Call:
+    """Made at the door and handed down by name.
+
+    arrived: on `time.perf_counter`'s clock. deadline: on `time.monotonic`'s, if the client set one.
+    tenant: whose cached prefixes it may share; empty where everybody's are everybody's.
+    wants_receipt: whether the answer is to say where its time went.
+    log: what its line in the access log says beside the usual.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.arrived = time.perf_counter()
+        self.deadline: float | None = None
+        self.key: ApiKey | None = None
+        self.quota: Quota | None = None
+        self.tenant = ""
+        self.wants_receipt = False
+        self.log: dict[str, Any] = {}
+        self._reserved = 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the deadline, negative once it has passed; None without one."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
+
+    def limit_to(self, milliseconds: int) -> None:
+        """Set a deadline, counted from the arrival. Of several the first one holds."""
+        waited = time.perf_counter() - self.arrived
+        deadline = time.monotonic() - waited + milliseconds / 1000
+        self.deadline = deadline if self.deadline is None else min(self.deadline, deadline)
+
+    @asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """Run a block until the deadline at most. Raises `DeadlineExceeded`, whatever the block waits for."""
+        left = self.seconds_left
+        if left is not None and left <= 0:
+            raise DeadlineExceeded
+        try:
+            async with asyncio.timeout(left):
+                yield
+        except TimeoutError:
+            raise DeadlineExceeded from None
+
+    def reserve(self, num_tokens: int) -> None:
+        """Take what the request may need at most from its key's tokens. Raises `Overloaded`."""
+        if self.key is not None and self.quota is not None:
+            self.quota.spend(self.key, num_tokens)
+            self._reserved = num_tokens
+
+    def settle(self, num_tokens: int) -> None:
+        """Give back what it did not need. Once is enough, twice does no harm."""
+        if self.quota is not None:
+            self.quota.refund(self._reserved - num_tokens if self._reserved else 0)
+            self._reserved = 0
+
+    def cache_salt(self, salt: str | None) -> str:
+        """What the request's cached prefixes are kept apart by: its tenant, and its own salt. An id holds no slash."""
+        return f"{self.tenant}/{salt or ''}" if self.tenant else salt or ""
+
+
+def attach(scope: Scope, call: Call) -> None:
+    """Make it the call of this request."""
+    scope[SCOPE_KEY] = call
+
+
+def call_in(scope: Scope) -> Call:
+    """The call that this request belongs to."""
+    call: Call = scope[SCOPE_KEY]
+    return call
+
+
+def call_of(request: Request) -> Call:
+    """The call that this request belongs to."""
+    return call_in(request.scope)

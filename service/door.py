@@ -1,0 +1,23 @@
+"""What the operator decides about who may come in, with what, and what is written down about it."""
+
+from pydantic import BaseModel, ConfigDict
+
+from service.limits import Limits
+
+
+class Door(BaseModel):
+    """Set from the top, read by the ingress.
+
+    api_keys_file: whose keys are let in, as `attendant keys` writes it; without one, everybody is.
+    share_prefixes: let requests of different keys find one another's prompts in the cache. It saves work, and lets one
+        key learn from the time of an answer what another has asked.
+    cors_origins: whose pages a browser lets talk to the service.
+    limits: what one client may ask for.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    api_keys_file: str | None = None
+    share_prefixes: bool = False
+    cors_origins: tuple[str, ...] = ()
+    limits: Limits = Limits()
