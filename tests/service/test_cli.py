@@ -66,11 +66,36 @@ def test_generate_takes_token_ids_where_there_is_no_tokenizer(tiny_model: Path, 
         (["generate", "hello", "--model", "/no/such/place"], "/no/such/place: no such model directory"),
         (["serve", "--model", "/no/such/place"], "/no/such/place: no such model directory"),
         (["evaluate", "--model", "/no/such/place"], "/no/such/place: no such model directory"),
+        (["serve", "--host", "0.0.0.0"], "without API keys, everybody who reaches 0.0.0.0 could use the service"),
+        (["serve", "--api-keys-file", "/no/such/keys"], "/no/such/keys: the API keys cannot be read"),
+        (["serve", "--limit", "max_patience=3"], "limit max_patience"),
+        (["serve", "--limit", "max_choices=129"], "limit max_choices"),
+        (["keys", "list", "--api-keys-file", "/no/such/keys"], "/no/such/keys"),
     ],
-    ids=["no prompt", "bad ids", "no model to run", "no model to serve", "no model to score"],
+    ids=[
+        "no prompt",
+        "bad ids",
+        "no model to run",
+        "no model to serve",
+        "no model to score",
+        "open to all",
+        "no keys",
+        "unknown limit",
+        "limit beyond its ceiling",
+        "no keys to list",
+    ],
 )
 def test_a_wrong_command_is_refused_in_one_line(arguments: list[str], words: str) -> None:
     assert words in refusal(attendant(*arguments))
+
+
+def test_a_key_is_printed_once_listed_by_name_and_removed(tmp_path: Path) -> None:
+    file = ["--api-keys-file", str(tmp_path / "keys.json")]
+    key = attendant("keys", "add", "team-a", *file, "--tokens-per-minute", "600", "--expires", "2100-01-01").stdout
+    assert key.startswith("att-")
+    assert attendant("keys", "list", *file).stdout == "team-a tokens_per_minute=600 expires=2100-01-01T00:00:00Z\n"
+    attendant("keys", "remove", "team-a", *file)
+    assert attendant("keys", "list", *file).stdout == ""
 
 
 def test_a_port_in_use_is_named(tiny_model: Path) -> None:
@@ -116,4 +141,4 @@ def test_on_sigterm_an_open_stream_is_finished_and_nothing_is_left_behind(on_ser
 
 def test_the_help_names_every_command() -> None:
     text = attendant("--help").stdout
-    assert all(command in text for command in ("serve", "generate", "train", "evaluate", "version"))
+    assert all(command in text for command in ("serve", "generate", "keys", "train", "evaluate", "version"))
