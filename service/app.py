@@ -13,7 +13,7 @@ from ray import serve
 from model.config import Device, Dtype
 from service.door import Door
 from service.ingress import Ingress
-from service.replica import EngineReplica
+from service.replica import EngineReplica, Queue
 
 # Serve's own queues must never be the ones that fill: the engine knows its backlog and refuses by itself.
 UNBOUNDED = 100_000
@@ -23,7 +23,8 @@ class AppArgs(Door):
     """What an operator may choose. `None` means: decided from the checkpoint and the machine.
 
     model: a Hugging Face directory; model_name: what clients call it, the directory's own name by default.
-    max_waiting: requests that may wait in one replica beyond those that run; the next one gets a 429.
+    max_waiting: requests that may wait in one replica beyond those that run; the next one gets a 429. So does one with
+    which they all together may need more than max_backlog_tokens.
     speculative_tokens: how far an engine guesses ahead; deterministic: the same bits whatever else runs, at a price.
     """
 
@@ -38,6 +39,7 @@ class AppArgs(Door):
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
     kv_cache_tokens: Annotated[int, Field(ge=1)] | None = None
     max_waiting: Annotated[int, Field(ge=0)] = 256
+    max_backlog_tokens: Annotated[int, Field(ge=1)] | None = None
     num_threads: Annotated[int, Field(ge=1)] | None = None
     speculative_tokens: Annotated[int, Field(ge=0)] = 0
     deterministic: bool = False
@@ -45,7 +47,7 @@ class AppArgs(Door):
     @property
     def engine_options(self) -> dict[str, Any]:
         """What becomes of it in a replica: the arguments of `EngineConfig`."""
-        options = self.model_dump(exclude={"model", "model_name", "replicas", "max_waiting", *Door.model_fields})
+        options = self.model_dump(exclude={"model", "model_name", "replicas", *Queue._fields, *Door.model_fields})
         # Half of the cores compute; HTTP, text and Ray have the others. With both of 2 cores the embedded model gave
         # a third fewer tokens (docs/benchmarks.md).
         options["num_threads"] = self.num_threads or max(1, (os.cpu_count() or 2) // (2 * self.replicas))
@@ -76,4 +78,5 @@ def build(args: AppArgs) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         ray_actor_options={"num_cpus": 0},
     )(serve.ingress()(Ingress))
-    return ingress.bind(engines.bind(directory, name, args.engine_options, args.max_waiting), directory, name, args)
+    queue = Queue(args.max_waiting, args.max_backlog_tokens)
+    return ingress.bind(engines.bind(directory, name, args.engine_options, queue), directory, name, args)

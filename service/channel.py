@@ -47,13 +47,15 @@ class Submission(NamedTuple):
     """One engine request on its way to a replica.
 
     `output_ids` are tokens already emitted by a replica that died; `resumed` says that this is such a continuation,
-    which is never refused for load: the client was already admitted.
+    which is never refused for load: the client was already admitted. `seconds_left` until the client's deadline, if it
+    has one: not a point in time, since clocks differ between machines.
     """
 
     request_id: str
     work: Work
     output_ids: list[int]
     resumed: bool
+    seconds_left: float | None = None
 
 
 class Accepted(NamedTuple):

@@ -47,6 +47,10 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and completion together.")] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at once in an engine.")] = 64,
     kv_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that an engine's cache holds.")] = None,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait in an engine.")] = 256,
+    max_backlog_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that running and waiting requests may need together.")
+    ] = None,
     speculative_tokens: Annotated[int, typer.Option(min=0, help="Tokens to guess ahead from repeated text.")] = 0,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same tokens to the last bit in any batch. It costs speed.")
@@ -81,6 +85,8 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         kv_cache_tokens=kv_cache_tokens,
+        max_waiting=max_waiting,
+        max_backlog_tokens=max_backlog_tokens,
         speculative_tokens=speculative_tokens,
         deterministic=deterministic,
         api_keys_file=str(api_keys_file.resolve()) if api_keys_file else None,

@@ -123,7 +123,9 @@ class Completion:
         call.reserve(sum(map(len, prompts)) + sum(work.params.max_tokens for work in works))
         try:
             async with call.in_time():
-                generation = await service.dispatcher.open(works)
+                generation = await service.dispatcher.open(
+                    works, deadline=call.deadline, max_unread_tokens=service.limits.max_unread_tokens
+                )
         except BaseException:
             call.settle(0)
             raise

@@ -64,12 +64,15 @@ class Dispatcher:
             raise Unavailable(f"no engine is ready: {_reason(error)}") from error
         return info
 
-    async def open(self, works: Sequence[Work]) -> Generation:
-        """Start one stream for each of `works`.
+    async def open(
+        self, works: Sequence[Work], *, deadline: float | None = None, max_unread_tokens: int | None = None
+    ) -> Generation:
+        """Start one stream for each of `works`; `Generation` tells of the deadline and the limit.
 
         Raises `InvalidRequest`, `Overloaded` or `Unavailable`; then nothing runs.
         """
-        generation = Generation(works)
+        generation = Generation(works, deadline=deadline, max_unread_tokens=max_unread_tokens)
+        generation.on_overrun.append(lambda: self.abort(generation.streams))
         await self._submit(generation.streams, SUBMIT_TIMEOUT_S)
         return generation
 

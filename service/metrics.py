@@ -64,7 +64,14 @@ class EngineMetrics:
         self._preemptions = counter("num_preemptions", "Requests sent back to wait because blocks ran out.")
         self._prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._prefix_hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
-        self._rejections = counter("admission_rejections", "Calls refused because the queue was full.")
+        self._rejections = Counter(
+            "attendant_admission_rejections",
+            "Calls refused because of the queue, by what was too much.",
+            [*labels, "reason"],
+            registry=self._registry,
+        )
+        self._labels = labels
+        self.backlog = gauge("backlog_tokens", "Tokens that running and waiting requests may still need.")
         self._step_seconds = histogram("engine_step_seconds", "Wall time of one engine step.", TOKEN_BUCKETS_S)
         self._step_tokens = histogram("iteration_tokens", "Tokens computed in one engine step.", LENGTH_BUCKETS)
         self._totals = (0, 0, 0)
@@ -84,9 +91,9 @@ class EngineMetrics:
                 counter.inc(total - before)
             self._totals = totals
 
-    def refused(self) -> None:
-        """Count a call that found the queue full."""
-        self._rejections.inc()
+    def refused(self, reason: str) -> None:
+        """Count a call that found the queue too long."""
+        self._rejections.labels(**self._labels, reason=reason).inc()
 
     def expose(self) -> str:
         """The registry in Prometheus' text format."""

@@ -5,12 +5,13 @@ import threading
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray import serve
 
 from model.errors import CheckpointError, ConfigError, GrammarError, InvalidRequest
 from model.sampling.params import GrammarSpec
+from service.admission import Admission, backlog
 from service.channel import Accepted, EngineInfo, Logprobs, Outbox, Output, Refused, Submission
 from service.metrics import EngineMetrics
 
@@ -25,13 +26,27 @@ WATCH_PERIOD_S = 0.5
 SILENCE_LIMIT_S = 8.0
 
 
+class Queue(NamedTuple):
+    """How much may wait in a replica: requests beyond those that run, and what all of them may need in tokens."""
+
+    max_waiting: int
+    max_backlog_tokens: int | None = None
+
+
+class Owner(NamedTuple):
+    """Where a request's outputs go, and the request."""
+
+    outbox: Outbox
+    request: "Request"
+
+
 class EngineReplica:
     """Token ids in, token ids out. Text, HTTP and retries are the ingress' business.
 
     Raises `CheckpointError` or `ConfigError` when the model cannot be loaded.
     """
 
-    def __init__(self, model: str, model_name: str, engine_options: dict[str, Any], max_waiting: int) -> None:
+    def __init__(self, model: str, model_name: str, engine_options: dict[str, Any], queue: Queue) -> None:
         # torch is imported here and not above: an ingress reads this module too, and does without torch's 200 MB.
         from model.config import EngineConfig
         from model.engine.engine import Engine
@@ -40,11 +55,14 @@ class EngineReplica:
         config = EngineConfig(**engine_options)
         self._model = Path(model)
         self._engine = Engine.from_checkpoint(self._model, config)
-        self._capacity = config.max_num_seqs + max_waiting
+        self._capacity = config.max_num_seqs + queue.max_waiting
+        # A quarter of what as many requests of full length would need: only unusually long ones meet it.
+        max_tokens = queue.max_backlog_tokens or self._capacity * self._engine.max_model_len // 4
+        self._admission = Admission(config.max_num_seqs, self._capacity, max_tokens)
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._metrics = EngineMetrics(model_name, self._replica_id)
         self._outboxes: dict[str, Outbox] = {}
-        self._owners: dict[str, Outbox] = {}
+        self._owners: dict[str, Owner] = {}
         self._compiling: set[str] = set()
         self._compiler: GrammarCompiler | None = None
         self._compiler_lock = threading.Lock()
@@ -66,15 +84,14 @@ class EngineReplica:
         """
         if not self._loop.is_alive:
             return Refused(self._replica_id, "failed", f"the engine stopped: {self._loop.failure}")
+        unfinished = [owner.request for owner in self._owners.values()]
+        if refusal := self._admission.refusal(unfinished, len(self._compiling), submissions):
+            self._metrics.refused(refusal.reason)
+            return Refused(self._replica_id, "overloaded", refusal.message, retry_after_s=refusal.retry_after_s)
         try:
             submissions, grammars = await self._compile(submissions)
         except InvalidRequest as error:
             return Refused(self._replica_id, "invalid", str(error), param=error.param)
-        fresh = sum(not submission.resumed for submission in submissions)
-        if fresh and len(self._owners) + len(submissions) > self._capacity:
-            self._metrics.refused()
-            busy = f"{len(self._owners)} requests are running or waiting; {self._capacity} may"
-            return Refused(self._replica_id, "overloaded", busy)
         outbox = self._outbox(channel_id)
         started: list[str] = []
         leaders: dict[tuple[int, ...], Request] = {}  # of several choices, the first computes the prompt for all
@@ -94,8 +111,8 @@ class EngineReplica:
         """Forget these requests and free their blocks; ids that are unknown or finished are fine."""
         self._compiling.difference_update(request_ids)
         for request_id in request_ids:
-            if outbox := self._owners.pop(request_id, None):
-                outbox.request_ids.discard(request_id)
+            if owner := self._owners.pop(request_id, None):
+                owner.outbox.request_ids.discard(request_id)
         self._loop.abort(request_ids)
 
     async def channel(self, channel_id: str, pin: str) -> AsyncGenerator[list[Output], None]:
@@ -116,6 +133,7 @@ class EngineReplica:
 
     async def metrics(self) -> str:
         """This replica's registry in Prometheus' text format."""
+        self._metrics.backlog.set(backlog([owner.request for owner in self._owners.values()]))
         return self._metrics.expose()
 
     def check_health(self) -> None:
@@ -164,7 +182,7 @@ class EngineReplica:
     ) -> "Request":
         from model.engine.request import Request
 
-        work = submission.work
+        work, left = submission.work, submission.seconds_left
         try:
             request = Request(
                 submission.request_id,
@@ -172,6 +190,7 @@ class EngineReplica:
                 work.params,
                 output_ids=submission.output_ids,
                 priority=work.priority,
+                deadline=None if left is None else time.monotonic() + left,
                 cache_salt=work.cache_salt,
                 grammar=grammar,
                 leader=leader,
@@ -179,7 +198,7 @@ class EngineReplica:
         except GrammarError as error:
             raise InvalidRequest(f"what was said so far cannot go on here: {error}") from error
         # Owned before it is started: the first output may come before `submit` returns.
-        self._owners[submission.request_id] = outbox
+        self._owners[submission.request_id] = Owner(outbox, request)
         outbox.request_ids.add(submission.request_id)
         try:
             self._loop.submit(request)
@@ -205,15 +224,18 @@ class EngineReplica:
     def _deliver(self, outputs: "list[TokenOutput]", stats: "StepStats") -> None:
         """Called in the engine's thread, once a step."""
         self._metrics.observe_step(stats)
+        if stats.num_tokens:
+            self._admission.observe(stats.num_tokens, stats.seconds)
         if outputs and self._event_loop is not None:
             self._event_loop.call_soon_threadsafe(self._fan_out, outputs)
 
     def _fan_out(self, outputs: "list[TokenOutput]") -> None:
         by_outbox: dict[Outbox, list[Output]] = {}
         for output in outputs:
-            outbox = self._owners.get(output.request_id)
-            if outbox is None:  # aborted while the step ran
+            owner = self._owners.get(output.request_id)
+            if owner is None:  # aborted while the step ran
                 continue
+            outbox = owner.outbox
             by_outbox.setdefault(outbox, []).append(
                 (output.request_id, output.token_ids, output.finish_reason, output.num_cached_tokens, _logprobs(output))
             )

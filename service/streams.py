@@ -1,12 +1,14 @@
 """One engine request as its ingress sees it: where it runs, the journal of what it has said, and who listens."""
 
 import asyncio
+import math
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from service.channel import Logprobs, Submission, Work
-from service.errors import ServiceError
+from service.errors import DeadlineExceeded, ServiceError
 
 
 class Piece(NamedTuple):
@@ -23,14 +25,15 @@ class Piece(NamedTuple):
 class Stream:
     """A journal and its way back to the client. It may move from replica to replica; the client does not see it."""
 
-    def __init__(self, choice: int, work: Work, listener: "asyncio.Queue[Piece]") -> None:
+    def __init__(self, choice: int, work: Work, deadline: float | None, tell: Callable[[Piece], None]) -> None:
         self.work = work
         self.journal: list[int] = []
         self.resumes = 0
         self.replica_id: str | None = None
         self.wanted = True
         self._choice = choice
-        self._listener = listener
+        self._deadline = deadline
+        self._tell = tell
         self._name = uuid.uuid4().hex
         self._attempt = 0
 
@@ -43,7 +46,8 @@ class Stream:
         """The request as it stands; after a replica's death, with what was already said."""
         self._attempt += 1
         self.replica_id = None
-        return Submission(self.request_id, self.work, list(self.journal), self.resumes > 0)
+        left = None if self._deadline is None else self._deadline - time.monotonic()
+        return Submission(self.request_id, self.work, list(self.journal), self.resumes > 0, left)
 
     def receive(
         self, token_ids: list[int], finish_reason: str | None, num_cached_tokens: int, logprobs: Logprobs | None
@@ -52,24 +56,44 @@ class Stream:
         self.journal.extend(token_ids)
         if finish_reason == "error":
             self.fail(ServiceError("the engine failed on this request"))
+        elif finish_reason == "deadline":
+            self.fail(DeadlineExceeded())
         else:
-            self._listener.put_nowait(Piece(self._choice, token_ids, finish_reason, num_cached_tokens, logprobs))
+            self._tell(Piece(self._choice, token_ids, finish_reason, num_cached_tokens, logprobs))
 
     def fail(self, error: ServiceError) -> None:
         """End the choice with an error."""
-        self._listener.put_nowait(Piece(self._choice, [], None, 0, error=error))
+        self._tell(Piece(self._choice, [], None, 0, error=error))
 
 
 class Generation:
-    """The streams of one HTTP request, and the queue in which their pieces meet. One stream is one choice."""
+    """The streams of one HTTP request, and the queue in which their pieces meet. One stream is one choice.
 
-    def __init__(self, works: Sequence[Work]) -> None:
+    deadline: on `time.monotonic`'s clock. max_unread_tokens: of each choice; whoever does not take them in time is
+    given up, and `on_overrun` called, once.
+    """
+
+    def __init__(
+        self, works: Sequence[Work], *, deadline: float | None = None, max_unread_tokens: int | None = None
+    ) -> None:
+        self.on_overrun: list[Callable[[], object]] = []
+        self.streams = [Stream(i, work, deadline, self._put) for i, work in enumerate(works)]
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
-        self.streams = [Stream(i, work, self._pieces) for i, work in enumerate(works)]
+        self._unread = 0
+        self._max_unread = math.inf if max_unread_tokens is None else max_unread_tokens * len(works)
 
     async def next(self) -> list[Piece]:
         """Wait for at least one piece and take all there are."""
         pieces = [await self._pieces.get()]
         while not self._pieces.empty():
             pieces.append(self._pieces.get_nowait())
+        self._unread = 0
         return pieces
+
+    def _put(self, piece: Piece) -> None:
+        self._pieces.put_nowait(piece)
+        self._unread += len(piece.token_ids)
+        if self._unread > self._max_unread:
+            callbacks, self.on_overrun = self.on_overrun, []
+            for callback in callbacks:
+                callback()

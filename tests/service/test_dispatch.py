@@ -1,4 +1,5 @@
 import asyncio
+import time
 from collections.abc import Callable
 
 import pytest
@@ -7,12 +8,13 @@ from model.errors import InvalidRequest
 from model.sampling.params import SamplingParams
 from service.channel import Refused, Work
 from service.dispatch import MAX_RESUMES, Dispatcher
-from service.errors import Overloaded, Unavailable
+from service.errors import DeadlineExceeded, Overloaded, Unavailable
 from service.metrics import IngressMetrics
 from service.streams import Generation
 from tests.service.fakes import FakeFleet
 
 PARAMS = SamplingParams(max_tokens=8, seed=1)
+WORK = Work([1], PARAMS)
 
 
 def dispatcher_for(fleet: FakeFleet) -> Dispatcher:
@@ -142,3 +144,34 @@ async def test_letting_go_ends_every_channel() -> None:
     await tokens(generation, 1)
     dispatcher.close()
     await until(lambda: not dispatcher._pumps)
+
+
+async def test_a_deadline_crosses_the_hop_as_the_time_that_is_left() -> None:
+    fleet = FakeFleet("a", "b")
+    await dispatcher_for(fleet).open([WORK], deadline=time.monotonic() + 60)
+    (submission,) = fleet.replicas["a"].submitted or fleet.replicas["b"].submitted
+    assert submission.seconds_left == pytest.approx(60, abs=1)
+
+
+async def test_a_stream_that_the_engine_ends_at_its_deadline_ends_with_a_typed_error() -> None:
+    fleet = FakeFleet("a")
+    generation = await dispatcher_for(fleet).open([WORK])
+    fleet.replicas["a"].say(0, finish_reason="deadline")
+    (piece,) = await generation.next()
+    assert isinstance(piece.error, DeadlineExceeded)
+
+
+async def test_a_reader_that_falls_too_far_behind_is_given_up_and_its_engine_work_stopped() -> None:
+    fleet = FakeFleet("a")
+    generation = await dispatcher_for(fleet).open([WORK, WORK], max_unread_tokens=2)
+    a, cut = fleet.replicas["a"], []
+    generation.on_overrun.append(lambda: cut.append(True))
+    a.say(0, 1, 2)
+    a.say(1, 1, 2)
+    assert await tokens(generation, 4)
+    assert not cut, "what has been taken does not count"
+    a.say(0, 3, 4, 5)
+    a.say(1, 3, 4)
+    await until(lambda: a.aborted)
+    assert cut == [True]
+    assert len(a.aborted) == 2

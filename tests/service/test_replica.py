@@ -13,7 +13,7 @@ from model.sampling.params import GrammarSpec, SamplingParams
 from model.text.tokenizer import Tokenizer
 from service import replica as replica_module
 from service.channel import Accepted, Output, Refused, Submission, Work
-from service.replica import EngineReplica
+from service.replica import EngineReplica, Queue
 
 OPTIONS: dict[str, Any] = {
     "dtype": "fp32",
@@ -34,7 +34,7 @@ async def replica(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
     monkeypatch.setattr(replica_module.serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(replica_module, "WATCH_PERIOD_S", 0.01)
-    replica = EngineReplica(str(tiny_model), "tiny", OPTIONS, max_waiting=2)
+    replica = EngineReplica(str(tiny_model), "tiny", OPTIONS, Queue(max_waiting=2))
     yield replica
     replica.__del__()
 
@@ -115,6 +115,61 @@ async def test_a_full_replica_refuses_and_starts_nothing(replica: EngineReplica)
     assert isinstance(refused, Refused)
     assert refused.kind == "overloaded"
     assert "late" not in replica._owners
+
+
+async def test_a_refusal_for_load_says_when_to_come_back_and_why(replica: EngineReplica) -> None:
+    replica._admission.observe(100, 1.0)  # tokens in a second
+    await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(6)], {})
+    refused = await replica.submit("c", [submission("late")], {})
+    assert isinstance(refused, Refused)
+    assert refused.retry_after_s > 1
+    assert 'reason="requests"' in replica._metrics.expose()
+
+
+async def test_the_backlog_in_tokens_is_bounded_too(replica: EngineReplica) -> None:
+    # (4 running + 2 waiting) x a context of 1024 / 4
+    await replica.submit("c", [submission("long", max_tokens=1000)], {})
+    refused = await replica.submit("c", [submission("late", max_tokens=1000)], {})
+    assert isinstance(refused, Refused)
+    assert "1536 may be outstanding" in refused.message
+    assert "attendant_backlog_tokens" in await replica.metrics()
+
+
+async def test_a_request_past_its_deadline_is_never_computed(replica: EngineReplica) -> None:
+    late = submission("late")._replace(seconds_left=0.0)
+    await replica.submit("c", [late], {})
+    outputs = await anext(replica.channel("c", "r1"))
+    assert [(output[0], output[1], output[2]) for output in outputs] == [("late", [], "deadline")]
+    assert "attendant_iteration_tokens_count" in replica._metrics.expose()
+    assert sample(replica, "iteration_tokens_sum") == 0
+
+
+async def test_a_deadline_that_passes_in_decode_ends_the_request_and_frees_its_blocks(replica: EngineReplica) -> None:
+    await replica.submit("c", [submission("a", max_tokens=1000)._replace(seconds_left=0.1)], {})
+    tokens, reason = 0, None
+    async with asyncio.timeout(20):
+        async for outputs in replica.channel("c", "r1"):
+            tokens += sum(len(output[1]) for output in outputs)
+            reason = outputs[-1][2]
+            if reason:
+                break
+    assert reason == "deadline"
+    assert tokens < 1000
+    await until(lambda: sample(replica, "kv_cache_usage_ratio") == 0)
+
+
+async def test_who_has_priority_is_computed_first(replica: EngineReplica) -> None:
+    await replica.submit("c", [submission(str(i), max_tokens=200) for i in range(4)], {})
+    last, first = submission("last", max_tokens=1), submission("first", max_tokens=1)
+    await replica.submit("c", [last._replace(work=last.work._replace(priority=1))], {})
+    await replica.submit("c", [first._replace(work=first.work._replace(priority=-1))], {})
+    ended = []
+    async with asyncio.timeout(20):
+        async for outputs in replica.channel("c", "r1"):
+            ended += [output[0] for output in outputs if output[2]]
+            if len(ended) == 6:
+                break
+    assert ended.index("first") < ended.index("last")
 
 
 async def test_a_stream_that_lost_its_replica_is_taken_by_a_full_one(replica: EngineReplica) -> None:

@@ -1,0 +1,110 @@
+"""Whether an engine replica takes more work: a queue bounded in requests and in tokens, and honest about its length.
+
+Work is counted when somebody asks to be let in, from the engine's own requests, so a token costs nothing here. What a
+request still needs is its worst case: it may end before its `max_tokens`. The throughput is measured: prompt and
+output tokens computed in a second of stepping, over the last hundred steps or so.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from service.channel import Submission
+
+if TYPE_CHECKING:
+    from model.engine.request import Request
+
+MEMORY = 0.99  # what a step leaves of the measurement before it
+MAX_RETRY_AFTER_S = 600
+
+Reason = Literal["requests", "tokens", "deadline"]
+
+
+class Refusal(NamedTuple):
+    """Why not now, in a word and in a sentence, and after how many whole seconds it is worth another try."""
+
+    reason: Reason
+    message: str
+    retry_after_s: int
+
+
+class Admission:
+    """max_running: requests that compute at once; max_requests: those and the waiting; max_tokens: what all of them
+    may still need together. A replica that has nothing to do takes one request of any size.
+    """
+
+    def __init__(self, max_running: int, max_requests: int, max_tokens: int) -> None:
+        self._max_running = max_running
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """Measure one step. Called in the engine's thread."""
+        self._tokens = self._tokens * MEMORY + num_tokens
+        self._seconds = self._seconds * MEMORY + seconds
+
+    def refusal(
+        self, unfinished: Collection["Request"], num_compiling: int, submissions: Sequence[Submission]
+    ) -> Refusal | None:
+        """What speaks against taking `submissions` now, beside what is there. None for continuations: their clients
+        have been let in.
+
+        num_compiling: requests that were taken, and wait for their grammars before they reach the engine.
+        """
+        if not submissions or all(submission.resumed for submission in submissions):
+            return None
+        num_open = len(unfinished) + num_compiling
+        if num_open + len(submissions) > self._max_requests:
+            message = f"{num_open} requests are running or waiting; {self._max_requests} may"
+            return Refusal("requests", message, self._drain_seconds(backlog(unfinished)))
+        if not num_open:
+            return None
+        held = backlog(unfinished)
+        needed = sum(map(needed_tokens, submissions))
+        if held + needed > self._max_tokens:
+            message = (
+                f"the requests that are running or waiting may need {held} tokens, and this one {needed}; "
+                f"{self._max_tokens} may be outstanding"
+            )
+            return Refusal("tokens", message, self._drain_seconds(held))
+        return self._too_late(unfinished, submissions)
+
+    def _too_late(self, unfinished: Collection["Request"], submissions: Sequence[Submission]) -> Refusal | None:
+        """A deadline that will pass in the queue is refused at once: its client may ask elsewhere."""
+        work, seconds_left = submissions[0].work, submissions[0].seconds_left
+        if seconds_left is None or len(unfinished) < self._max_running:
+            return None
+        ahead = [request for request in unfinished if not request.num_computed_tokens]
+        wait = self._seconds_for(backlog([request for request in ahead if request.priority <= work.priority]))
+        if wait <= seconds_left:
+            return None
+        message = f"{len(ahead)} requests wait, for about {wait:.1f} s; the deadline passes in {seconds_left:.1f} s"
+        return Refusal("deadline", message, _whole_seconds(wait - seconds_left))
+
+    def _seconds_for(self, num_tokens: int) -> float:
+        return num_tokens * self._seconds / self._tokens if self._tokens else 0.0
+
+    def _drain_seconds(self, num_tokens: int) -> int:
+        return _whole_seconds(self._seconds_for(num_tokens))
+
+
+def backlog(unfinished: Collection["Request"]) -> int:
+    """Tokens that these requests still need at most. Their counts are the engine's and may be a step old."""
+    return sum(map(remaining_tokens, unfinished))
+
+
+def remaining_tokens(request: "Request") -> int:
+    """What is left of one request: of its prompt, which a sibling takes from its leader, and of its output."""
+    of_prompt = 0 if request.leader else max(0, request.num_prompt_tokens - request.num_computed_tokens)
+    return of_prompt + max(0, request.params.max_tokens - request.num_output_tokens)
+
+
+def needed_tokens(submission: Submission) -> int:
+    """What a new request may need."""
+    return len(submission.work.prompt_ids) + submission.work.params.max_tokens
+
+
+def _whole_seconds(seconds: float) -> int:
+    return min(max(1, math.ceil(seconds)), MAX_RETRY_AFTER_S)
