@@ -1,10 +1,12 @@
 """What several rooms of tests share: tiny random checkpoints, written by `transformers` itself."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from pathlib import Path
+if not Path("/dev/nvidiactl").exists():
+    # Without a GPU, Triton's kernels run in its interpreter, correct and slow. To be said before anyone imports it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

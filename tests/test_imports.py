@@ -19,6 +19,7 @@ ORDER = (
     "model.rotary",
     "model.layers",
     "model.cache",
+    "model.kernels",
     "model.attention",
     "model.decoder",
     "model.checkpoint",

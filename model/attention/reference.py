@@ -17,12 +17,12 @@ class ReferenceAttention:
     def __call__(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store the new keys and values, then attend. See `model.attention.scores.Attend`."""
         plan, pool = self.plan, self.pool
-        pool.store(scores.layer, torch.from_numpy(plan.slot_mapping), k, v)
+        pool.store(scores.layer, torch.from_numpy(plan.slot_mapping).to(k.device), k, v)
         keys, values = pool.layer(scores.layer)
         out = torch.empty_like(q)
         for i in range(plan.num_seqs):
             rows = slice(int(plan.query_start_loc[i]), int(plan.query_start_loc[i + 1]))
-            slots = torch.from_numpy(plan.all_slots(i, i + 1)[0])  # [seq_len]
+            slots = torch.from_numpy(plan.all_slots(i, i + 1)[0]).to(k.device)  # [seq_len]
             out[rows] = causal_attention(scores, q[rows], keys[slots], values[slots]).to(q.dtype)
         return out
 
@@ -45,7 +45,8 @@ def causal_weights(scores: Scores, q: Tensor, k: Tensor) -> Tensor:
     seq_len = len(k)
     k = _per_query_head(k, num_heads)
     score = scores(q.float().transpose(0, 1), k.transpose(0, 1))  # [num_heads, num_new, seq_len]
-    row, key = torch.arange(seq_len - num_new, seq_len)[:, None], torch.arange(seq_len)
+    key = torch.arange(seq_len, device=q.device)
+    row = key[seq_len - num_new :, None]
     hidden = key > row
     if scores.window is not None:
         hidden |= (key <= row - scores.window) & (key >= scores.num_sink_tokens)
