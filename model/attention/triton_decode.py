@@ -1,8 +1,8 @@
 """Decode attention over the paged cache in Triton: split over the context, so that few sequences fill the card too.
 
-Each program takes one sequence, one key/value head and one split of `SPLIT` tokens; the query heads of the group stand
-as rows of one tile, so a key is read once for all of them. A second kernel merges the splits. The split has one size
-whatever else is in the batch, so a sequence's result does not depend on its company.
+Each program takes one sequence, one key/value head and some splits of `SPLIT` tokens; the query heads of the group
+stand as rows of one tile, so a key is read once for all of them. A second kernel merges the splits. A split has one
+size whatever else is in the batch, so a sequence's result does not depend on its company.
 """
 
 import torch
@@ -15,10 +15,12 @@ from model.kernels.tiles import LOG2E, LOWEST, attend_tile, is_seen, load_tile, 
 
 SPLIT = 256
 TILE = 64
+# So many programs fill a large card a few times over; more would only take turns at shorter pieces.
+PROGRAMS = 1024
 
 
 @triton.jit
-def _attend_split(
+def _attend_splits(
     q_ptr, k_ptr, v_ptr, partial_ptr, log_ptr, tables_ptr, lens_ptr,
     q_token_stride, q_head_stride, slot_stride, head_stride, table_stride, num_splits,
     scale, soft_cap, window, num_sinks,
@@ -26,8 +28,11 @@ def _attend_split(
     BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """One split of one sequence under one key/value head: its weighted values, and the log of its weights' sum."""
-    seq, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Splits of one sequence under one key/value head: of each its weighted values, and the log of its weights' sum.
+
+    Programs of one sequence take turns, so that the grid need not know how long sequences are (a CUDA graph cannot).
+    """
+    seq, kv_head = tl.program_id(0), tl.program_id(1)
     num_kv_heads = tl.num_programs(1)
     length = tl.load(lens_ptr + seq)
     row, dim, offset = tl.arange(0, ROWS), tl.arange(0, WIDE_DIM), tl.arange(0, TILE)
@@ -38,31 +43,32 @@ def _attend_split(
         mask=is_row[:, None] & is_dim[None, :],
         other=0.0,
     )
-    largest = tl.full([ROWS], LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    weighted = tl.zeros([ROWS, WIDE_DIM], tl.float32)
-    first = split * SPLIT
-    last = tl.minimum(first + SPLIT, length)
-    if HAS_WINDOW:
-        if first >= num_sinks:  # no sink in this split: it begins where the window does
-            first = tl.maximum(first, (length - window) // TILE * TILE)
-    for start in range(first, last, TILE):
-        key = start + offset
-        k, v = load_tile(
-            k_ptr, v_ptr, tables_ptr + seq * table_stride, key, length, slot_stride, kv_head * head_stride, dim,
-            DIM, BLOCK_SIZE,
-        )  # fmt: skip
-        seen = is_seen(length - 1, key, length, window, num_sinks, HAS_WINDOW)[None, :] & is_row[:, None]
-        largest, total, weighted = attend_tile(
-            q, tl.trans(k), v, seen, largest, total, weighted, scale, soft_cap, HAS_CAP
-        )
-    place = (seq * num_kv_heads * GROUP + head) * num_splits + split
-    # Nothing seen: the split counts for nothing, and its values are zeros.
-    counted = tl.where(total == 0.0, 1.0, total)
-    log = tl.where(total == 0.0, LOWEST, largest + tl.log2(counted))
-    weighted = weighted / counted[:, None]
-    tl.store(partial_ptr + place[:, None] * DIM + dim[None, :], weighted, mask=is_row[:, None] & is_dim[None, :])
-    tl.store(log_ptr + place, log, mask=is_row)
+    for split in range(tl.program_id(2), tl.cdiv(length, SPLIT), tl.num_programs(2)):
+        largest = tl.full([ROWS], LOWEST, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        weighted = tl.zeros([ROWS, WIDE_DIM], tl.float32)
+        first = split * SPLIT
+        last = tl.minimum(first + SPLIT, length)
+        if HAS_WINDOW:
+            if first >= num_sinks:  # no sink in this split: it begins where the window does
+                first = tl.maximum(first, (length - window) // TILE * TILE)
+        for start in range(first, last, TILE):
+            key = start + offset
+            k, v = load_tile(
+                k_ptr, v_ptr, tables_ptr + seq * table_stride, key, length, slot_stride, kv_head * head_stride, dim,
+                DIM, BLOCK_SIZE,
+            )  # fmt: skip
+            seen = is_seen(length - 1, key, length, window, num_sinks, HAS_WINDOW)[None, :] & is_row[:, None]
+            largest, total, weighted = attend_tile(
+                q, tl.trans(k), v, seen, largest, total, weighted, scale, soft_cap, HAS_CAP
+            )
+        place = (seq * num_kv_heads * GROUP + head) * num_splits + split
+        # Nothing seen: the split counts for nothing, and its values are zeros.
+        counted = tl.where(total == 0.0, 1.0, total)
+        log = tl.where(total == 0.0, LOWEST, largest + tl.log2(counted))
+        weighted = weighted / counted[:, None]
+        tl.store(partial_ptr + place[:, None] * DIM + dim[None, :], weighted, mask=is_row[:, None] & is_dim[None, :])
+        tl.store(log_ptr + place, log, mask=is_row)
 
 
 @triton.jit
@@ -111,11 +117,12 @@ def decode_attention(
     num_seqs, num_heads, dim = q.shape
     num_kv_heads = keys.shape[1]
     num_splits = triton.cdiv(longest, SPLIT)
+    num_programs = min(num_splits, max(1, PROGRAMS // (num_seqs * num_kv_heads)))
     out = torch.empty((num_seqs, num_heads, dim), dtype=q.dtype, device=q.device)
     partial = torch.empty((num_seqs, num_heads, num_splits, dim), dtype=torch.float32, device=q.device)
     logs = torch.empty((num_seqs, num_heads, num_splits), dtype=torch.float32, device=q.device)
     group = num_heads // num_kv_heads
-    _attend_split[(num_seqs, num_kv_heads, num_splits)](
+    _attend_splits[(num_seqs, num_kv_heads, num_programs)](
         q, keys, values, partial, logs, tables, lens,
         q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), tables.stride(0), num_splits,
         scores.scale, scores.soft_cap or 0.0, scores.window or 0, scores.num_sink_tokens,

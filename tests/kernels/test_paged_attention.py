@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.attention import triton_decode
 from model.attention.paged import PagedAttention
 from model.attention.plan import AttentionPlan
 from model.attention.reference import ReferenceAttention
@@ -106,3 +107,9 @@ def test_a_decode_does_not_depend_on_its_company():
         both = PagedAttention(together, pool)(scores, q, k, v)
         one = PagedAttention(alone, pool)(scores, q[:1], k[:1], v[:1])
     assert torch.equal(both[:1], one)
+
+
+def test_few_programs_take_turns_at_the_splits(monkeypatch):
+    before = attend(PagedAttention, PLAIN, DECODES, torch.float32)
+    monkeypatch.setattr(triton_decode, "PROGRAMS", 1)
+    assert torch.equal(attend(PagedAttention, PLAIN, DECODES, torch.float32), before)
