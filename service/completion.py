@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -178,6 +178,15 @@ class Completion:
         metrics.cached_tokens.inc(self._num_cached_tokens())
         metrics.prompt_length.observe(self._num_prompt_tokens)
         self._call.settle(self._num_prompt_tokens + sum(choice.num_tokens for choice in self._choices))
+
+    @property
+    def is_overrun(self) -> bool:
+        """Whether the request was given up because nobody took its tokens."""
+        return self._generation.is_overrun
+
+    def on_overrun(self, cut: Callable[[], object]) -> None:
+        """Have `cut` called when it is given up for that."""
+        self._generation.on_overrun.append(cut)
 
     async def _next(self) -> list[Piece]:
         """The next pieces. Raises `DeadlineExceeded`, whatever the engine is doing."""

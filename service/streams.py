@@ -77,6 +77,7 @@ class Generation:
         self, works: Sequence[Work], *, deadline: float | None = None, max_unread_tokens: int | None = None
     ) -> None:
         self.on_overrun: list[Callable[[], object]] = []
+        self.is_overrun = False
         self.streams = [Stream(i, work, deadline, self._put) for i, work in enumerate(works)]
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self._unread = 0
@@ -93,7 +94,7 @@ class Generation:
     def _put(self, piece: Piece) -> None:
         self._pieces.put_nowait(piece)
         self._unread += len(piece.token_ids)
-        if self._unread > self._max_unread:
-            callbacks, self.on_overrun = self.on_overrun, []
-            for callback in callbacks:
+        if self._unread > self._max_unread and not self.is_overrun:
+            self.is_overrun = True
+            for callback in self.on_overrun:
                 callback()

@@ -1,5 +1,6 @@
 """Server-sent events: the bytes of a stream, and its end, whichever way it comes."""
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -62,9 +63,20 @@ class EventStream(StreamingResponse):
         super().__init__(self._events(write, first, last), media_type="text/event-stream", headers=HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI call; when it ends, whatever the reason, the request's blocks are freed."""
+        """The ASGI call; when it ends, whatever the reason, the request's blocks are freed.
+
+        A client that lets too much pile up is cut off: the server closes the connection of an answer that is not whole.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self._completion.on_overrun(task.cancel)
         try:
             await super().__call__(scope, receive, send)
+        except asyncio.CancelledError:
+            if not self._completion.is_overrun:
+                raise
+            task.uncancel()
+            logger.warning("a client that did not take its tokens was cut off")
         finally:
             self._completion.close()
             if not self._ended:

@@ -1,6 +1,7 @@
 """The door of the HTTP application, without Ray: keys, their limits, deadlines, headers, ids and CORS."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -229,3 +230,37 @@ async def test_a_named_origin_may_ask_and_others_may_not(service: Service, file:
     assert "access-control-allow-origin" not in asked["https://b.example"].headers
     assert refusal(refused, 401)
     assert refused.headers["access-control-allow-origin"] == "https://a.example", "the page may read why"
+
+
+async def test_a_client_that_does_not_read_is_cut_off_and_the_engine_stopped(tiny_model: Path) -> None:
+    """The server's `send` waits for the client; the engine does not."""
+    service = service_with(tiny_model, Limits(max_unread_tokens=4))
+    fleet: Any = service.dispatcher._engines
+    ids, fleet.ids = fleet.ids, []  # this test speaks for the engine
+    body = json.dumps({"prompt": "x", "max_tokens": 1000, "stream": True}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+    blocked = asyncio.Event()
+
+    async def receive() -> Any:
+        return messages.pop(0) if messages else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            blocked.set()
+            await asyncio.Event().wait()
+
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": "/v1/completions", "scheme": "http"}
+    headers = [(b"content-type", b"application/json")]
+    api = create_api(service, Door())
+    call = asyncio.create_task(api({**scope, "headers": headers, "query_string": b""}, receive, send))
+    a = fleet.replicas["a"]
+    async with asyncio.timeout(5):
+        while not a.submitted:
+            await asyncio.sleep(0)
+        a.say(0, *ids[:2])
+        await blocked.wait()
+        a.say(0, *ids[2:4])
+        a.say(0, *ids[4:7])
+        await call
+        while not a.aborted:
+            await asyncio.sleep(0)
