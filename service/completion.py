@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from model.errors import InvalidRequest
-from model.sampling.params import SamplingParams, sibling_seed
+from model.sampling.params import GrammarSpec, sibling_seed
+from model.sampling.result import TokenLogprobs
 from model.text.chat_template import ChatTemplate
 from model.text.detokenize import Detokenizer
 from model.text.tokenizer import Tokenizer
-from service.api.schemas import SamplingFields
+from service.api.schemas.sampling import GenerationFields
 from service.call import Call
 from service.channel import Work
 from service.dispatch import Dispatcher
@@ -37,23 +38,52 @@ class Service:
     limits: Limits
 
 
+Entry = tuple[int, TokenLogprobs | None]  # a token, and what is known of it: nothing of a prompt's first one
+
+
 class Delta(NamedTuple):
-    """New text of one choice; the last of a choice has its finish reason."""
+    """New text of one choice; the last of a choice has its finish reason.
+
+    For those who ask for log-probabilities: `tokens`, the new ones, whose text may still be held back; and `prompt`,
+    once, with the first delta of the choice.
+    """
 
     choice: int
     text: str
     finish_reason: str | None
+    tokens: Sequence[Entry] = ()
+    prompt: Sequence[Entry] = ()
+
+
+@dataclass
+class Written:
+    """A whole choice."""
+
+    text: str
+    finish_reason: str
+    tokens: list[Entry]
+    prompt: list[Entry]
+
+    @property
+    def mean_logprob(self) -> float:
+        """By which choices of different lengths are compared."""
+        return sum(entry.logprob for _, entry in self.tokens if entry is not None) / max(1, len(self.tokens))
 
 
 class Choice:
-    """One of the texts being written, and the clock of its tokens."""
+    """One of the texts being written, and the clock of its tokens.
 
-    def __init__(self, detokenizer: Detokenizer) -> None:
+    An empty one is over with the engine's first answer, which it leaves aside: who scores a prompt wants nothing else.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, prompt_ids: Sequence[int], *, empty: bool) -> None:
         self.first_at = 0.0
         self.last_at = 0.0
         self.num_cached_tokens = 0
         self.finish_reason: str | None = None
         self._detokenizer = detokenizer
+        self._empty = empty
+        self._untold_prompt = prompt_ids
 
     @property
     def num_tokens(self) -> int:
@@ -62,6 +92,9 @@ class Choice:
 
     def feed(self, piece: Piece) -> str:
         """The text that these tokens make safe to show. Sets `finish_reason` when the choice is over."""
+        if self._empty:
+            self.finish_reason = "length"
+            return ""
         text = self._detokenizer.feed(piece.token_ids)
         if piece.finish_reason is not None:
             text += self._detokenizer.flush()
@@ -69,6 +102,13 @@ class Choice:
         if self._detokenizer.stopped:
             self.finish_reason = "stop"
         return text
+
+    def take_prompt(self, piece: Piece) -> list[Entry]:
+        """What is known of the prompt's tokens, once: an engine that takes over a choice tells it again."""
+        if piece.logprobs is None or piece.logprobs.prompt is None:
+            return []
+        prompt_ids, self._untold_prompt = self._untold_prompt, ()
+        return list(zip(prompt_ids, piece.logprobs.prompt, strict=False))
 
 
 class Completion:
@@ -79,14 +119,23 @@ class Completion:
         service: Service,
         generation: Generation,
         prompts: Sequence[list[int]],
-        stop: Sequence[str],
+        fields: GenerationFields,
         call: Call,
+        *,
+        empty: bool,
     ) -> None:
         self._service = service
         self._call = call
         self._generation = generation
-        self._choices_per_prompt = len(generation.streams) // len(prompts)
-        self._choices = [Choice(Detokenizer(service.tokenizer, stop)) for _ in generation.streams]
+        self._fields = fields
+        self._choices = [
+            Choice(
+                Detokenizer(service.tokenizer, fields.stop_strings, fields.min_tokens or 0),
+                stream.work.prompt_ids,
+                empty=empty,
+            )
+            for stream in generation.streams
+        ]
         self._first: list[Piece] = []
         self._num_prompt_tokens = sum(map(len, prompts))
 
@@ -96,30 +145,35 @@ class Completion:
         service: Service,
         call: Call,
         prompts: Sequence[list[int]],
-        fields: SamplingFields,
+        fields: GenerationFields,
         max_tokens: int | None,
+        grammar: GrammarSpec | None = None,
     ) -> Self:
         """Submit the request and wait for its first token, so that a failure still has a status code of its own.
 
-        max_tokens: for each choice; None means all that the context has room for.
+        max_tokens: for each choice; None means all that the context has room for, 0 the prompt alone.
+        grammar: what each choice is held to.
         Raises `InvalidRequest` and `ServiceError`.
         """
         service.limits.check_prompts(prompts)
         info = await service.dispatcher.describe()
-        n = fields.n or 1
-        num_choices = n * len(prompts)
+        count = fields.num_candidates
         max_choices = min(service.limits.max_choices, info.capacity)
-        if num_choices > max_choices:
+        if count * len(prompts) > max_choices:
+            name = "best_of" if count > fields.num_choices else "n"
             raise InvalidRequest(
-                f"{len(prompts)} prompts times n={n} are {num_choices} choices; "
+                f"{len(prompts)} prompts times {name}={count} are {count * len(prompts)} choices; "
                 f"at most {max_choices} are served in one request",
-                param="n" if n > 1 else "prompt",
+                param=name if count > 1 else "prompt",
             )
         seed = secrets.randbits(63) if fields.seed is None else fields.seed
         works = []
         for ids in prompts:
-            limit = max_tokens or max(1, info.max_model_len - len(ids))
-            works += [Work(ids, _sampling_params(fields, limit, sibling_seed(seed, choice))) for choice in range(n)]
+            limit = max(1, info.max_model_len - len(ids) if max_tokens is None else max_tokens)
+            salt, priority = call.cache_salt(fields.cache_salt), fields.priority or 0
+            for choice in range(count):
+                params = fields.sampling(limit, sibling_seed(seed, choice))
+                works.append(Work(ids, params, grammar, priority, salt))
         call.reserve(sum(map(len, prompts)) + sum(work.params.max_tokens for work in works))
         try:
             async with call.in_time():
@@ -129,7 +183,7 @@ class Completion:
         except BaseException:
             call.settle(0)
             raise
-        completion = cls(service, generation, prompts, fields.stop_strings, call)
+        completion = cls(service, generation, prompts, fields, call, empty=max_tokens == 0)
         try:
             completion._first = await completion._next()
             completion._raise_first_error(completion._first)
@@ -151,14 +205,22 @@ class Completion:
                 return
             pieces = await self._next()
 
-    async def texts(self) -> list[tuple[str, str]]:
-        """Wait for the end: the whole text and the finish reason of each choice. Raises `ServiceError`."""
+    async def whole(self) -> list[Written]:
+        """Wait for the end: every choice, or of several candidates the best, best first. Raises `ServiceError`."""
+        choices = [Written("", "", [], []) for _ in self._choices]
         texts: list[list[str]] = [[] for _ in self._choices]
         async for deltas in self:
             for delta in deltas:
                 texts[delta.choice].append(delta.text)
-        reasons = [choice.finish_reason or "" for choice in self._choices]
-        return [("".join(parts), reason) for parts, reason in zip(texts, reasons, strict=True)]
+                choices[delta.choice].tokens += delta.tokens
+                choices[delta.choice].prompt += delta.prompt
+        for choice, parts, clock in zip(choices, texts, self._choices, strict=True):
+            choice.text, choice.finish_reason = "".join(parts), clock.finish_reason or ""
+        count, n = self._fields.num_candidates, self._fields.num_choices
+        if count == n:
+            return choices
+        groups = [choices[start : start + count] for start in range(0, len(choices), count)]
+        return [best for group in groups for best in sorted(group, key=lambda one: -one.mean_logprob)[:n]]
 
     def usage(self) -> dict[str, object]:
         """OpenAI's `usage`, as of now. A prompt counts once, however many choices it has."""
@@ -196,7 +258,7 @@ class Completion:
             return await self._generation.next()
 
     def _num_cached_tokens(self) -> int:
-        return sum(choice.num_cached_tokens for choice in self._choices[:: self._choices_per_prompt])
+        return sum(choice.num_cached_tokens for choice in self._choices[:: self._fields.num_candidates])
 
     def _write(self, piece: Piece, now: float) -> Delta | None:
         choice, metrics = self._choices[piece.choice], self._service.metrics
@@ -214,9 +276,10 @@ class Completion:
         metrics.generation_tokens.inc(choice.num_tokens - before)
         if choice.finish_reason is not None:
             self._finish(piece.choice, now)
-        elif not text:
-            return None
-        return Delta(piece.choice, text, choice.finish_reason)
+        if piece.logprobs is None:
+            return Delta(piece.choice, text, choice.finish_reason) if text or choice.finish_reason is not None else None
+        entries = list(zip(piece.token_ids, piece.logprobs.tokens or (), strict=False))[: choice.num_tokens - before]
+        return Delta(piece.choice, text, choice.finish_reason, entries, choice.take_prompt(piece))
 
     def _finish(self, index: int, now: float) -> None:
         choice, metrics = self._choices[index], self._service.metrics
@@ -242,14 +305,3 @@ async def encode(service: Service, texts: Sequence[str], *, add_special_tokens: 
         return [service.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
     return work() if sum(map(len, texts)) <= LONG_TEXT else await asyncio.to_thread(work)
-
-
-def _sampling_params(fields: SamplingFields, max_tokens: int, seed: int) -> SamplingParams:
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=1.0 if fields.temperature is None else fields.temperature,
-        top_p=1.0 if fields.top_p is None else fields.top_p,
-        top_k=max(0, fields.top_k or 0),  # -1 is another server's word for "off"
-        seed=seed,
-        ignore_eos=bool(fields.ignore_eos),
-    )

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from model.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
-    from service.api.schemas import SamplingFields
+    from service.api.schemas.sampling import GenerationFields
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -57,9 +57,12 @@ class Limits(BaseModel):
             names = ", ".join(cls.model_fields)
             raise ConfigError(f"limit {fault['loc'][0]}: {fault['msg']}; the limits are {names}") from None
 
-    def check(self, body: "SamplingFields") -> None:
+    def check(self, body: "GenerationFields") -> None:
         """Raises `InvalidRequest` naming the field of which there is too much."""
-        at_most("n", body.n or 1, self.max_choices)
+        at_most("best_of" if body.num_candidates > body.num_choices else "n", body.num_candidates, self.max_choices)
+        at_most("logprobs", body.num_logprobs or 0, self.max_logprobs)
+        at_most("prompt_logprobs", body.num_prompt_logprobs or 0, self.max_logprobs)
+        at_most("logit_bias", len(body.logit_bias or ()), self.max_logit_bias)
         at_most("stop", len(body.stop_strings), self.max_stop_strings)
         at_most("messages", len(getattr(body, "messages", ())), self.max_messages)
 

@@ -13,7 +13,10 @@ from model.errors import CheckpointError, InvalidRequest
 
 
 class ChatTemplate:
-    """The template of a checkpoint and the special tokens that it may name."""
+    """The template of a checkpoint and the special tokens that it may name.
+
+    source: as the checkpoint has it.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
@@ -24,6 +27,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
         self._template = environment.from_string(source)
         self._special_tokens = dict(special_tokens)
+        self.source = source
 
     @classmethod
     def from_directory(cls, directory: Path) -> "ChatTemplate | None":
@@ -43,11 +47,20 @@ class ChatTemplate:
         except (OSError, ValueError, TemplateError) as error:
             raise CheckpointError(f"{directory}: the chat template cannot be used: {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """The prompt of a chat. Raises `InvalidRequest` where the template refuses the messages."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The prompt of a chat, with `tools` for the assistant to know of in OpenAI's form.
+
+        Raises `InvalidRequest` where the template refuses the messages.
+        """
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._special_tokens
+                messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **self._special_tokens
             )
         except InvalidRequest:
             raise

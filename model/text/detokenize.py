@@ -14,14 +14,16 @@ class Detokenizer:
     """The text of one completion.
 
     stop: the completion ends before the first of these to appear, wherever tokens or bytes divide it.
+    min_tokens: of that many tokens all but the last may not end it; what they say is never taken for a stop string.
     stopped: one of them has appeared; `num_tokens` of the tokens fed were needed to know.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self.stopped = False
         self.num_tokens = 0
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._min_tokens = min_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""  # the end of the text, which may be the beginning of a stop string
 
@@ -46,6 +48,8 @@ class Detokenizer:
 
     def _release(self, new: str) -> str:
         """Add new text to what is held; return what can no longer become part of a stop string."""
+        if self.num_tokens < self._min_tokens:
+            return new
         text = self._held + new
         found = min((index for stop in self._stop if (index := text.find(stop)) >= 0), default=None)
         if found is not None:

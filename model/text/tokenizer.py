@@ -55,6 +55,15 @@ class Tokenizer:
         """The text of these tokens, special ones left out; bytes that are no character become U+FFFD."""
         return b"".join(self.token_bytes(token_id) for token_id in token_ids).decode("utf-8", errors="replace")
 
+    def token_id(self, name: str) -> int | None:
+        """The id of the token of this name; None where the vocabulary has none."""
+        token_id: int | None = self._fast.token_to_id(name)
+        return token_id
+
+    def token_name(self, token_id: int) -> str:
+        """What the vocabulary calls a token: the only text that a special one has. Empty for ids beyond it."""
+        return self._fast.id_to_token(token_id) or ""
+
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for. Empty for special tokens, and for ids that only the model's padding has."""
         return self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""

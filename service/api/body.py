@@ -8,7 +8,8 @@ import jiter
 from fastapi import Request
 
 from model.errors import InvalidRequest
-from service.api.schemas import SamplingFields, parse
+from service.api.schemas.sampling import GenerationFields
+from service.api.schemas.strict import Body, parse
 from service.call import call_of
 from service.completion import Service
 from service.errors import BodyTooLarge, BodyTooSlow, NotFound
@@ -16,7 +17,7 @@ from service.limits import Limits
 
 NUL = rb"\u0000"  # as JSON writes it; the bare byte is no JSON
 
-RequestBody = TypeVar("RequestBody", bound=SamplingFields)
+RequestBody = TypeVar("RequestBody", bound=Body)
 
 
 async def read(request: Request, schema: type[RequestBody], model_name: str) -> RequestBody:
@@ -31,9 +32,10 @@ async def read(request: Request, schema: type[RequestBody], model_name: str) -> 
     body = parse(schema, decode(await _read_bounded(request, service.limits)))
     if body.model is not None and body.model != model_name:
         raise unknown_model(body.model, model_name)
-    service.limits.check(body)
-    if body.deadline_ms is not None:
-        call_of(request).limit_to(body.deadline_ms)
+    if isinstance(body, GenerationFields):
+        service.limits.check(body)
+        if body.deadline_ms is not None:
+            call_of(request).limit_to(body.deadline_ms)
     return body
 
 

@@ -2,18 +2,22 @@
 
 import time
 import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from model.errors import InvalidRequest
+from model.text.chat_template import ChatTemplate
 from service.api import body as request_body
 from service.api.connection import while_connected
-from service.api.schemas import ChatRequest
+from service.api.logprobs import chat_logprobs
+from service.api.schemas.chat import ChatRequest
 from service.api.sse import ChunkWriter, EventStream, event
+from service.api.tools import CallDelta, ToolPlan, ToolReader, plan_tools, read_whole
 from service.call import Call, call_of
-from service.completion import Completion, Delta, Service, encode
-from service.metrics import IngressMetrics
+from service.completion import Completion, Delta, Service, Written, encode
 
 router = APIRouter()
 
@@ -27,13 +31,7 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 async def _answer(service: Service, call: Call, body: ChatRequest) -> Response:
-    prompt = await _render(service, body)
-    try:
-        completion = await Completion.start(service, call, [prompt], body, body.token_limit)
-    except InvalidRequest as error:
-        if error.param == "prompt":  # the engine's word for what a chat calls its messages
-            error.param = "messages"
-        raise
+    completion, plan = await start(service, call, body)
     envelope = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
@@ -42,22 +40,49 @@ async def _answer(service: Service, call: Call, body: ChatRequest) -> Response:
     }
     if body.stream:
         envelope["object"] = "chat.completion.chunk"
-        return _stream(completion, service.metrics, envelope, body.n or 1, with_usage=body.include_usage)
-    return await _whole(completion, envelope)
+        return _stream(service, body, completion, plan, envelope)
+    return await _whole(service, body, completion, plan, envelope)
 
 
-async def _render(service: Service, body: ChatRequest) -> list[int]:
-    if service.chat_template is None:
+async def start(service: Service, call: Call, body: ChatRequest) -> tuple[Completion, ToolPlan | None]:
+    """Render the chat and have its answer begun. Raises `InvalidRequest` and `ServiceError`."""
+    template = service.chat_template
+    if template is None:
         raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
-    text = service.chat_template.render([message.for_template() for message in body.messages])
+    plan = plan_tools(body, template, service.tokenizer)
+    prompt = await render(service, template, body, plan)
+    grammar = body.grammar if plan is None else plan.grammar
+    try:
+        return await Completion.start(service, call, [prompt], body, body.token_limit, grammar), plan
+    except InvalidRequest as error:
+        if error.param == "prompt":  # the engine's word for what a chat calls its messages
+            error.param = "messages"
+        elif plan is not None and grammar is not None and error.param == grammar.param:
+            error.param = "tools"
+        raise
+
+
+async def render(
+    service: Service, template: ChatTemplate, body: ChatRequest, plan: ToolPlan | None = None
+) -> list[int]:
+    """The token ids of a chat. Raises `InvalidRequest` for what the template refuses, or would leave out."""
+    messages = [message.for_template() for message in body.messages]
+    if "tool_calls" not in template.source and any("tool_calls" in message for message in messages):
+        raise InvalidRequest("this model's chat template knows no tool calls", param="messages")
+    text = template.render(messages, tools=None if plan is None else plan.described)
     # The template writes the special tokens itself.
     (prompt,) = await encode(service, [text], add_special_tokens=False)
     return prompt
 
 
 def _stream(
-    completion: Completion, metrics: IngressMetrics, envelope: dict[str, object], n: int, *, with_usage: bool
+    service: Service,
+    body: ChatRequest,
+    completion: Completion,
+    plan: ToolPlan | None,
+    envelope: dict[str, object],
 ) -> EventStream:
+    with_usage = body.include_usage
     writer = ChunkWriter(envelope, '"delta":{"content":', '},"logprobs":null', with_usage=with_usage)
     closing = ChunkWriter(envelope, '"delta":', ',"logprobs":null', with_usage=with_usage)
     opening = ChunkWriter(
@@ -66,31 +91,101 @@ def _stream(
 
     def write(deltas: list[Delta]) -> bytes:
         chunks = []
-        for choice, text, finish_reason in deltas:
-            if text:
-                chunks.append(writer.chunk(choice, text, None))
-            if finish_reason is not None:
-                chunks.append(closing.chunk(choice, None, finish_reason))
+        for delta in deltas:
+            if delta.text:
+                chunks.append(writer.chunk(delta.choice, delta.text, None))
+            if delta.finish_reason is not None:
+                chunks.append(closing.chunk(delta.choice, None, delta.finish_reason))
         return b"".join(chunks)
 
     def last() -> bytes:
         return event({**envelope, "choices": [], "usage": completion.usage()}) if with_usage else b""
 
-    first = b"".join(opening.chunk(choice, "", None) for choice in range(n))
-    return EventStream(completion, metrics, write, first=first, last=last)
+    first = b"".join(opening.chunk(choice, "", None) for choice in range(body.num_choices))
+    if plan is not None or body.logprobs:
+        scribe = _Scribe(service, body, plan, envelope)
+        return EventStream(completion, service.metrics, scribe.write, first=first, last=last)
+    return EventStream(completion, service.metrics, write, first=first, last=last)
 
 
-async def _whole(completion: Completion, envelope: dict[str, object]) -> JSONResponse:
+class _Scribe:
+    """Chunks of more than text: calls of tools, and log-probabilities."""
+
+    def __init__(
+        self, service: Service, body: ChatRequest, plan: ToolPlan | None, envelope: Mapping[str, object]
+    ) -> None:
+        self._envelope = {**envelope, **({"usage": None} if body.include_usage else {})}
+        self._tokenizer = service.tokenizer
+        self._logprobs = bool(body.logprobs)
+        self._readers = [None if plan is None else ToolReader(plan.syntax) for _ in range(body.num_choices)]
+
+    def write(self, deltas: list[Delta]) -> bytes:
+        """What the plain writer does, slower."""
+        return b"".join(chunk for delta in deltas for chunk in self._chunks(delta))
+
+    def _chunks(self, delta: Delta) -> Iterator[bytes]:
+        reader, reason = self._readers[delta.choice], delta.finish_reason
+        parts: list[str | CallDelta] = [delta.text] if delta.text else []
+        if reader is not None:
+            parts = reader.feed(delta.text)
+            if reason is not None:
+                parts.append(reader.flush())
+                reason = "tool_calls" if reason == "stop" and reader.num_calls else reason
+        # The log-probabilities of a step's tokens go with the first chunk that it gives, if need be an empty one.
+        logprobs = None
+        if self._logprobs:
+            logprobs = {"content": chat_logprobs(self._tokenizer, delta.tokens), "refusal": None}
+        for part in parts:
+            if part:
+                yield self._chunk(delta.choice, _as_delta(part), logprobs, None)
+                logprobs = None
+        if reason is not None or (logprobs is not None and delta.tokens):
+            yield self._chunk(delta.choice, {}, logprobs, reason)
+
+    def _chunk(self, index: int, delta: object, logprobs: object, reason: str | None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return event({**self._envelope, "choices": [choice]})
+
+
+def _as_delta(part: str | CallDelta) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"content": part}
+    call: dict[str, Any] = {"index": part.index, "function": {"arguments": part.arguments}}
+    if part.name is not None:
+        call |= {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": part.arguments}}
+    return {"tool_calls": [call]}
+
+
+async def _whole(
+    service: Service,
+    body: ChatRequest,
+    completion: Completion,
+    plan: ToolPlan | None,
+    envelope: dict[str, object],
+) -> JSONResponse:
     try:
-        choices = [
-            {
-                "index": i,
-                "message": {"role": "assistant", "content": text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": reason,
-            }
-            for i, (text, reason) in enumerate(await completion.texts())
-        ]
+        choices = []
+        for index, written in enumerate(await completion.whole()):
+            message, reason = _message(written, plan)
+            logprobs = None
+            if body.logprobs:
+                logprobs = {"content": chat_logprobs(service.tokenizer, written.tokens), "refusal": None}
+            choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
         return JSONResponse({**envelope, "choices": choices, "usage": completion.usage()})
     finally:
         completion.close()
+
+
+def _message(written: Written, plan: ToolPlan | None) -> tuple[dict[str, Any], str]:
+    """The assistant's message, and why it ended."""
+    if plan is None:
+        return {"role": "assistant", "content": written.text, "refusal": None}, written.finish_reason
+    answer = read_whole(written.text, plan.syntax)
+    message: dict[str, Any] = {"role": "assistant", "content": answer.content or None, "refusal": None}
+    if not answer.calls:
+        return message | {"content": answer.content}, written.finish_reason
+    message["tool_calls"] = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in answer.calls
+    ]
+    return message, "tool_calls" if written.finish_reason == "stop" else written.finish_reason

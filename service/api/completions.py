@@ -2,17 +2,19 @@
 
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from model.text.tokenizer import Tokenizer
 from service.api import body as request_body
 from service.api.connection import while_connected
-from service.api.schemas import CompletionRequest
+from service.api.logprobs import CompletionLogprobs, prompt_logprobs
+from service.api.schemas.completions import CompletionRequest
 from service.api.sse import ChunkWriter, EventStream, event
 from service.call import Call, call_of
-from service.completion import Completion, Delta, Service, encode
-from service.metrics import IngressMetrics
+from service.completion import Completion, Delta, Entry, Service, encode
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -29,38 +31,108 @@ async def create_completion(request: Request) -> Response:
 
 async def _answer(service: Service, call: Call, body: CompletionRequest) -> Response:
     prompts = body.token_prompts or await encode(service, body.texts)
-    completion = await Completion.start(service, call, prompts, body, body.max_tokens or DEFAULT_MAX_TOKENS)
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    completion = await Completion.start(service, call, prompts, body, max_tokens, body.grammar)
     envelope = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
         "created": int(time.time()),
         "model": service.model_name,
     }
+    echoes = _echoes(service, body)
     if body.stream:
-        return _stream(completion, service.metrics, envelope, with_usage=body.include_usage)
-    return await _whole(completion, envelope)
+        return _stream(service, body, completion, envelope, echoes)
+    return await _whole(service, body, completion, envelope, echoes)
+
+
+def _echoes(service: Service, body: CompletionRequest) -> list[str]:
+    """What comes before the text of each choice: its prompt, for those who ask for it."""
+    if not body.echo:
+        prompts = [""] * (len(body.texts) or len(body.token_prompts))
+    else:
+        prompts = body.texts or [service.tokenizer.decode(ids) for ids in body.token_prompts]
+    return [prompt for prompt in prompts for _ in range(body.num_choices)]
 
 
 def _stream(
-    completion: Completion, metrics: IngressMetrics, envelope: dict[str, object], *, with_usage: bool
+    service: Service,
+    body: CompletionRequest,
+    completion: Completion,
+    envelope: dict[str, object],
+    echoes: Sequence[str],
 ) -> EventStream:
+    with_usage = body.include_usage
     writer = ChunkWriter(envelope, '"text":', ',"logprobs":null', with_usage=with_usage)
 
     def write(deltas: list[Delta]) -> bytes:
-        return b"".join(writer.chunk(*delta) for delta in deltas)
+        return b"".join(writer.chunk(delta.choice, delta.text, delta.finish_reason) for delta in deltas)
 
     def last() -> bytes:
         return event({**envelope, "choices": [], "usage": completion.usage()}) if with_usage else b""
 
-    return EventStream(completion, metrics, write, last=last)
+    if body.logprobs is not None:
+        with_logprobs = _LogprobsWriter(service, envelope, echoes, with_usage=with_usage)
+        return EventStream(completion, service.metrics, with_logprobs.write, last=last)
+    first = b"".join(writer.chunk(choice, echo, None) for choice, echo in enumerate(echoes) if echo)
+    return EventStream(completion, service.metrics, write, first=first, last=last)
 
 
-async def _whole(completion: Completion, envelope: dict[str, object]) -> JSONResponse:
+class _LogprobsWriter:
+    """Chunks with log-probabilities, those of an echoed prompt before the others."""
+
+    def __init__(
+        self, service: Service, envelope: Mapping[str, object], echoes: Sequence[str], *, with_usage: bool
+    ) -> None:
+        self._envelope = {**envelope, **({"usage": None} if with_usage else {})}
+        self._echoes = echoes
+        self._tokenizer = service.tokenizer
+        self._choices: dict[int, CompletionLogprobs] = {}
+
+    def write(self, deltas: list[Delta]) -> bytes:
+        return b"".join(map(self._chunk, deltas))
+
+    def _chunk(self, delta: Delta) -> bytes:
+        echo = ""
+        if delta.choice not in self._choices:
+            echo = self._echoes[delta.choice]
+            self._choices[delta.choice] = _logprobs_behind(self._tokenizer, echo, delta.prompt)
+        text, entries = echo + delta.text, [*(delta.prompt if echo else ()), *delta.tokens]
+        logprobs = self._choices[delta.choice].write(entries)
+        choice = {
+            "index": delta.choice,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+        }
+        return event({**self._envelope, "choices": [choice]})
+
+
+async def _whole(
+    service: Service,
+    body: CompletionRequest,
+    completion: Completion,
+    envelope: dict[str, object],
+    echoes: Sequence[str],
+) -> JSONResponse:
     try:
-        choices = [
-            {"index": i, "text": text, "logprobs": None, "finish_reason": reason}
-            for i, (text, reason) in enumerate(await completion.texts())
-        ]
+        choices = []
+        for i, (written, echo) in enumerate(zip(await completion.whole(), echoes, strict=True)):
+            choice = {"index": i, "text": echo + written.text, "logprobs": None, "finish_reason": written.finish_reason}
+            if body.logprobs is not None:
+                entries = [*(written.prompt if body.echo else ()), *written.tokens]
+                choice["logprobs"] = _logprobs_behind(service.tokenizer, echo, written.prompt).write(entries)
+            if body.prompt_logprobs is not None:
+                choice["prompt_logprobs"] = prompt_logprobs(service.tokenizer, written.prompt)
+            choices.append(choice)
         return JSONResponse({**envelope, "choices": choices, "usage": completion.usage()})
     finally:
         completion.close()
+
+
+def _logprobs_behind(tokenizer: Tokenizer, echo: str, prompt: Sequence[Entry]) -> CompletionLogprobs:
+    """The writer for a choice that begins with `echo`.
+
+    A tokenizer may put a space before a text that has none; then its tokens say more than the text does.
+    """
+    start = len(echo) - len(tokenizer.decode([token_id for token_id, _ in prompt])) if echo else 0
+    return CompletionLogprobs(tokenizer, start)

@@ -11,7 +11,8 @@ from service import __version__
 from service.api import chat, completions, errors, operations
 from service.api.envelope import REQUEST_ID, Envelope
 from service.api.gate import DEADLINE_HEADER, Gate
-from service.api.schemas import ChatRequest, CompletionRequest
+from service.api.schemas.chat import ChatRequest
+from service.api.schemas.completions import CompletionRequest
 from service.completion import Service
 from service.door import Door
 from service.keys import KeyRing

@@ -5,22 +5,38 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
 import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as FastTokenizer
 
+from model.text.chat_template import ChatTemplate
+from model.text.tokenizer import Tokenizer
+from service import replica as replica_module
+from service.api.routes import create_api
+from service.completion import Service
+from service.dispatch import Dispatcher
+from service.door import Door
+from service.limits import Limits
+from service.metrics import IngressMetrics
+from service.replica import EngineReplica, Queue
 from tests.conftest import STORYTELLER, write_llama
+from tests.service.fakes import LocalFleet
 
 CORPUS = ["Once upon a time there was a fox and a lantern in the deep forest. She told him a story of the moon."] * 20
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+    "{% if tools %}<|system|>{{ tools | tojson }} Call them with <tool_call>.</s>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -28,7 +44,7 @@ TEMPLATE = (
 def write_model(directory: Path) -> Path:
     """A tiny random Llama with a byte-level tokenizer and a chat template: everything the service needs."""
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = FastTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -36,6 +52,7 @@ def write_model(directory: Path) -> Path:
     tokenizer.train_from_iterator(
         CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
     )
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("</tool_call>", special=False)])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "chat_template.jinja").write_text(TEMPLATE)
@@ -138,3 +155,41 @@ def service(served_model: Path) -> Iterator[Running]:
 def client(service: Running) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
         yield client
+
+
+ENGINE_OPTIONS = {"dtype": "fp32", "device": "cpu", "kv_cache_tokens": 8192, "num_threads": 1}
+
+
+@pytest.fixture
+def max_num_seqs() -> int:
+    return 8
+
+
+@pytest.fixture
+async def live(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, max_num_seqs: int
+) -> AsyncIterator[httpx.AsyncClient]:
+    """The HTTP application over a real engine, all in this process, without Ray."""
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
+    monkeypatch.setattr(replica_module.serve, "get_replica_context", lambda: context)
+    options = ENGINE_OPTIONS | {"max_num_seqs": max_num_seqs}
+    replica = EngineReplica(str(tiny_model), "tiny", options, Queue(max_waiting=64))
+    metrics = IngressMetrics("tiny")
+    dispatcher = Dispatcher(LocalFleet(replica), metrics)  # type: ignore[arg-type]
+    template = ChatTemplate.from_directory(tiny_model)
+    service = Service("tiny", 0, Tokenizer.from_directory(tiny_model), template, dispatcher, metrics, Limits())
+    transport = httpx.ASGITransport(create_api(service, Door()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://attendant", timeout=60) as client:
+        yield client
+    dispatcher.close()
+    replica.__del__()
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Tokenizer:
+    return Tokenizer.from_directory(tiny_model)
+
+
+@pytest.fixture(params=["completions", "chat"])
+def endpoint(request: pytest.FixtureRequest) -> str:
+    return request.param

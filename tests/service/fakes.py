@@ -1,10 +1,11 @@
 """A fleet of engine replicas without Ray: Serve's handle, as far as the dispatcher uses it, over scripted engines."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from service.channel import Accepted, EngineInfo, Outbox, Refused, Submission
+from service.replica import EngineReplica
 from service.router import ReplicaGone
 
 
@@ -87,9 +88,30 @@ class FakeFleet:
         return self.replicas[pin]
 
 
+class LocalFleet:
+    """One real replica in this process, without Ray between it and the ingress."""
+
+    def __init__(self, replica: EngineReplica) -> None:
+        self.replica = replica
+        self.submit = Method(replica.submit)
+        self.abort = Method(replica.abort)
+        self.ping = Method(replica.ping)
+        self.describe = Method(replica.describe)
+        self.channel = Stream(replica.channel)
+
+    def options(self, stream: bool) -> "LocalFleet":
+        return self
+
+    def broadcast(self, method: str, *args: object) -> "Broadcast":
+        return Broadcast([getattr(self.replica, method)(*args)])
+
+
 class Broadcast:
+    def __init__(self, calls: Sequence[Awaitable[object]] = ()) -> None:
+        self._calls = calls
+
     async def results_async(self, timeout_s: float, return_exceptions: bool) -> list[object]:
-        return []
+        return [await call for call in self._calls]
 
 
 class Method:

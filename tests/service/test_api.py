@@ -307,7 +307,7 @@ async def test_the_document_describes_both_bodies(api: httpx.AsyncClient) -> Non
     document = (await api.get("/openapi.json")).json()
     body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body == {"$ref": "#/components/schemas/ChatRequest"}
-    assert {"ChatRequest", "ChatMessage", "CompletionRequest", "StreamOptions"} <= set(
+    assert {"ChatRequest", "UserMessage", "CompletionRequest", "StreamOptions"} <= set(
         document["components"]["schemas"]
     )
 

@@ -3,9 +3,17 @@ import json
 import pytest
 
 from model.errors import InvalidRequest
-from service.api.schemas import NO_OP_VALUES, ChatRequest, CompletionRequest, parse
+from service.api.schemas.chat import ChatRequest
+from service.api.schemas.completions import CompletionRequest
+from service.api.schemas.strict import parse
 
 MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def called(name: str, arguments: str) -> dict[str, object]:
+    """An assistant's message that calls a function."""
+    function = {"name": name, "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"id": "call_1", "type": "function", "function": function}]}
 
 
 def refusal(schema: type, **body: object) -> InvalidRequest:
@@ -17,40 +25,14 @@ def refusal(schema: type, **body: object) -> InvalidRequest:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("best_of", 2),
-        ("echo", True),
-        ("frequency_penalty", 0.5),
-        ("logit_bias", {"1": 5}),
-        ("logprobs", 1),
-        ("presence_penalty", -1),
-        ("suffix", "the end"),
-        ("min_p", 0.1),
-        ("repetition_penalty", 1.2),
-        ("stop_token_ids", [3]),
-        ("best_of", True),
-        ("frequency_penalty", False),
-    ],
-)
-def test_a_completion_field_that_is_not_done_is_refused_by_name(field: str, value: object) -> None:
-    assert refusal(CompletionRequest, prompt="x", **{field: value}).param == field
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
         ("audio", {"voice": "alloy"}),
         ("functions", [{"name": "f"}]),
-        ("logprobs", True),
         ("metadata", {"a": "b"}),
         ("modalities", ["audio"]),
-        ("parallel_tool_calls", 3),
         ("reasoning_effort", "low"),
-        ("response_format", {"type": "json_object"}),
         ("service_tier", "flex"),
         ("store", True),
-        ("tool_choice", "required"),
-        ("tools", [{"type": "function"}]),
-        ("top_logprobs", 2),
+        ("store", 0),
         ("web_search_options", {}),
     ],
 )
@@ -58,12 +40,12 @@ def test_a_chat_field_that_is_not_done_is_refused_by_name(field: str, value: obj
     assert refusal(ChatRequest, messages=MESSAGES, **{field: value}).param == field
 
 
-@pytest.mark.parametrize("field", sorted(NO_OP_VALUES))
+@pytest.mark.parametrize("field", sorted(ChatRequest.no_op))
 def test_null_in_a_field_that_is_not_done_asks_for_nothing(field: str) -> None:
-    assert parse(CompletionRequest, {"prompt": "x", field: None}).texts == ["x"]
+    assert parse(ChatRequest, {"messages": MESSAGES, field: None}).n is None
 
 
-@pytest.mark.parametrize(("field", "values"), sorted(NO_OP_VALUES.items()))
+@pytest.mark.parametrize(("field", "values"), sorted(ChatRequest.no_op.items()))
 def test_a_default_value_in_a_field_that_is_not_done_asks_for_nothing(field: str, values: tuple[object, ...]) -> None:
     for value in values:
         assert parse(ChatRequest, {"messages": MESSAGES, field: value}).n is None
@@ -98,10 +80,33 @@ def test_a_default_value_in_a_field_that_is_not_done_asks_for_nothing(field: str
         ("prompt", [True]),
         ("prompt", None),
         ("ignore_eos", 1),
+        ("suffix", "the end"),
+        ("best_of", True),
+        ("best_of", 0),
+        ("echo", 1),
+        ("logprobs", 21),
+        ("logprobs", True),
+        ("prompt_logprobs", -1),
+        ("min_p", 1.5),
+        ("min_tokens", -1),
+        ("frequency_penalty", False),
+        ("presence_penalty", -2.5),
+        ("repetition_penalty", 0),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"1": 101}),
+        ("logit_bias", {str(token_id): 1 for token_id in range(1025)}),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", list(range(129))),
+        ("cache_salt", ""),
+        ("priority", 2**31),
+        ("response_format", {"type": "xml"}),
+        ("response_format", {"type": "json_schema"}),
+        ("structured_outputs", {}),
+        ("structured_outputs", {"regex": "a", "lark": "b"}),
     ],
 )
 def test_a_wrong_value_is_refused_by_the_name_of_its_field(field: str, value: object) -> None:
-    assert refusal(CompletionRequest, **{"prompt": "x", field: value}).param.split("[")[0] == field
+    assert refusal(CompletionRequest, **{"prompt": "x", field: value}).param.replace(".", "[").split("[")[0] == field
 
 
 @pytest.mark.parametrize(
@@ -114,6 +119,12 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(field: str, value: ob
         ([{"role": "user", "content": 3}], "messages[0].content"),
         ([{"role": "user", "content": "x", "name": "Bo"}], "messages[0].name"),
         ([{"role": "user", "content": [{"type": "image_url", "text": "x"}]}], "messages[0].content[0].type"),
+        ([{"content": "x"}], "messages[0].role"),
+        ([{"role": "assistant"}], "messages"),
+        ([{"role": "tool", "content": "x"}], "messages[0].tool_call_id"),
+        ([{"role": "assistant", "tool_calls": [{"id": "1"}]}], "messages[0].tool_calls[0].type"),
+        ([called("f", "[1]")], "messages"),
+        ([called("f", "{")], "messages"),
     ],
 )
 def test_a_wrong_message_is_refused_by_its_place(messages: object, param: str) -> None:
@@ -163,6 +174,49 @@ def test_every_form_of_a_prompt_becomes_a_list_of_prompts(prompt: object, texts:
 @pytest.mark.parametrize("prompt", [[], ["x"] * 129, [[1]] * 129], ids=["none", "texts", "token lists"])
 def test_no_prompt_and_too_many_prompts_are_refused(prompt: object) -> None:
     assert refusal(CompletionRequest, prompt=prompt).param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"best_of": 2, "n": 3}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+    ],
+)
+def test_fields_of_a_completion_that_contradict_one_another_are_refused(fields: dict[str, object], param: str) -> None:
+    assert refusal(CompletionRequest, prompt="x", **fields).param == param
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]}, "tool_choice"),
+        ({"tool_choice": 3, "tools": [TOOL]}, "tool_choice"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "function": {"name": "no spaces"}}]}, "tools[0].function.name"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+    ],
+)
+def test_fields_of_a_chat_that_cannot_be_are_refused_by_their_place(fields: dict[str, object], param: str) -> None:
+    assert refusal(ChatRequest, messages=MESSAGES, **fields).param == param
+
+
+def test_an_assistants_answer_can_be_sent_back_as_it_came() -> None:
+    answer = {"role": "assistant", "content": None, "refusal": None, "annotations": [], "audio": None}
+    message = {**called("f", '{"x": 1}'), **answer, "function_call": None}
+    (sent,) = parse(ChatRequest, {"messages": [message]}).messages
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    assert sent.for_template() == {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 def test_text_parts_of_a_message_are_joined_for_the_template() -> None:

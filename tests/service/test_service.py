@@ -113,9 +113,6 @@ def test_each_of_several_prompts_gets_what_it_would_get_alone(client: OpenAI, se
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"logprobs": 2}, "logprobs"),
-        ({"best_of": 3}, "best_of"),
-        ({"echo": True}, "echo"),
         ({"suffix": "end"}, "suffix"),
         ({"temperature": 3}, "temperature"),
         ({"max_tokens": 100_000}, "max_tokens"),
