@@ -211,6 +211,16 @@ class ModelConfig:
             return None
         return self.local_rope if self.local_rope is not None and self.window(layer) is not None else self.rope
 
+    @property
+    def longest_sharing_prompt(self) -> int | None:
+        """Keys of a longer prompt depend on its length (`dynamic` rope): who has another length cannot share them.
+
+        None: keys depend on the tokens before them alone, however many follow.
+        """
+        ropes = (self.rope, self.local_rope)
+        lengths = [rope.original_length for rope in ropes if rope is not None and rope.scaling == "dynamic"]
+        return min(lengths, default=None)
+
     def has_experts(self, layer: int) -> bool:
         """Whether the MLP of `layer` is a mixture of experts."""
         return self.num_experts > 0 and layer not in self.dense_layers

@@ -14,30 +14,33 @@ from model.errors import ConfigError
 Raw = Mapping[str, Any]
 
 ROPE_FIELDS = (
-    "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor", "head_dim",
-    "hidden_size", "num_attention_heads", "max_position_embeddings", "original_max_position_embeddings",
-)  # fmt: skip
-WINDOW_FIELDS = (
-    "sliding_window", "use_sliding_window", "layer_types", "max_window_layers", "sliding_window_pattern",
-    "_sliding_window_pattern", "num_hidden_layers",
+    "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "head_dim", "hidden_size",
+    "num_attention_heads", "max_position_embeddings", "original_max_position_embeddings",
 )  # fmt: skip
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "decoder_sparse_step", "mlp_only_layers", "num_hidden_layers")
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
 }  # fmt: skip
-# The parameters that each rope type may come with, beside `rope_type`, `rope_theta` and `partial_rotary_factor`.
-ROPE_TYPES: Mapping[str, set[str]] = {
-    "default": set(),
-    "linear": {"factor"},
-    "dynamic": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {
-        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-        "mscale_all_dim", "truncate",
-    },
-    "longrope": {"short_factor", "long_factor", "factor", "attention_factor", "original_max_position_embeddings"},
+# What the parameters of each rope type must hold, and what they may, beside what `_COMMON_ROPE` names.
+ROPE_TYPES: Mapping[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, set()),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {"original_max_position_embeddings"}),
+    "yarn": (
+        {"factor"},
+        {
+            "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+            "mscale_all_dim", "truncate",
+        },
+    ),
+    "longrope": (
+        {"short_factor", "long_factor"}, {"factor", "attention_factor", "original_max_position_embeddings"}
+    ),
 }  # fmt: skip
+_COMMON_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 def activation(name: str, default: str) -> Callable[[Raw], str]:
@@ -52,21 +55,30 @@ def activation(name: str, default: str) -> Callable[[Raw], str]:
     return read
 
 
-def rope(default_theta: float) -> Callable[[Raw], RopeConfig]:
-    """Rotary positions of a model that has one kind of them, or of its full-attention layers."""
+def rope(default_theta: float, *, partial: bool = False) -> Callable[[Raw], RopeConfig]:
+    """Rotary positions of a family that has one kind of them. `partial`: not all dimensions of a head need turn."""
 
     def read(raw: Raw) -> RopeConfig:
-        return _rope(raw, _rope_parameters(raw, "full_attention"), default_theta)
+        given = _given_rope(raw)
+        if LAYER_TYPES & set(given):
+            raise ConfigError("rope parameters of each layer type are not known for this model_type")
+        config = _rope(raw, given, "rope_theta", default_theta)
+        if config.rotary_dim is not None and not partial:
+            raise ConfigError("a partial_rotary_factor other than 1 is not known for this model_type")
+        return config
 
     return read
 
 
-def local_rope(raw: Raw) -> RopeConfig | None:
-    """Those of the windowed layers where they have their own (Gemma 3): never scaled."""
-    if isinstance(raw.get("rope_parameters"), dict):
-        parameters = raw["rope_parameters"].get("sliding_attention")
-        return None if parameters is None else _rope(raw, dict(parameters), 10_000.0)
-    return RopeConfig(theta=float(raw.get("rope_local_base_freq", 10_000.0)))
+def rope_of(layer_type: str, theta_field: str, default_theta: float) -> Callable[[Raw], RopeConfig]:
+    """Those of one type of layer, in a family where each type has its own (Gemma 3)."""
+
+    def read(raw: Raw) -> RopeConfig:
+        if raw.get("rope_parameters") and not LAYER_TYPES & set(_given_rope(raw)):
+            raise ConfigError("rope_parameters must tell full_attention from sliding_attention")
+        return _rope(raw, _rope_parameters(raw, layer_type), theta_field, default_theta)
+
+    return read
 
 
 def max_positions(raw: Raw) -> int:
@@ -75,27 +87,32 @@ def max_positions(raw: Raw) -> int:
     longrope has other frequencies beyond the original length, and a sequence that grows across that border would have
     to be computed anew: it is served up to there.
     """
-    length = raw["max_position_embeddings"]
+    length: int = raw["max_position_embeddings"]
     parameters = _rope_parameters(raw, "full_attention")
-    kind, factor, original = _rope_type(parameters), parameters.get("factor"), _original_length(raw, parameters)
-    if kind == "dynamic":
+    kind, factor = _rope_type(parameters), parameters.get("factor")
+    if kind == "dynamic" and factor:
         return int(length * factor)
-    if kind == "yarn":
-        return max(length, int(original * factor)) if factor else int(length)
-    return min(length, original) if kind == "longrope" else int(length)
+    if kind == "yarn" and factor:
+        return max(length, int(_original_length(raw, parameters) * factor))
+    return min(length, _original_length(raw, parameters)) if kind == "longrope" else length
+
+
+def _given_rope(raw: Raw) -> dict[str, Any]:
+    """What transformers 5 writes as `rope_parameters` and earlier versions wrote as `rope_scaling`."""
+    given = [raw[name] for name in ("rope_parameters", "rope_scaling") if raw.get(name) is not None]
+    if any(not isinstance(one, dict) for one in given):
+        raise ConfigError(f"rope_parameters must be an object, not {given[0]!r}")
+    if len(given) == 2 and given[0] != given[1]:
+        raise ConfigError("rope_parameters and rope_scaling say different things")
+    return given[0] if given else {}
 
 
 def _rope_parameters(raw: Raw, layer_type: str) -> dict[str, Any]:
-    """One flat record: transformers 5 writes `rope_parameters`, earlier `rope_theta` and `rope_scaling` stood apart."""
-    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        raise ConfigError(f"rope_parameters must be an object, not {given!r}")
-    given = given.get(layer_type) or ({} if "sliding_attention" in given else given)
-    parameters = dict(given)
-    for name in ("rope_theta", "partial_rotary_factor"):
-        if raw.get(name) is not None:
-            parameters.setdefault(name, raw[name])
-    return parameters
+    """The parameters of one type of layer. Where types are not told apart, they are those of full attention."""
+    given = _given_rope(raw)
+    if LAYER_TYPES & set(given):
+        return given.get(layer_type) or {}
+    return given if layer_type == "full_attention" else {}
 
 
 def _rope_type(parameters: Raw) -> str:
@@ -108,19 +125,22 @@ def _rope_type(parameters: Raw) -> str:
 
 
 def _original_length(raw: Raw, parameters: Raw) -> int:
-    given = parameters.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
+    """Phi-3 writes it beside the parameters, and that counts more than what stands among them."""
+    given = raw.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
     return int(given or raw["max_position_embeddings"])
 
 
-def _rope(raw: Raw, parameters: dict[str, Any], default_theta: float) -> RopeConfig:
+def _rope(raw: Raw, parameters: Raw, theta_field: str, default_theta: float) -> RopeConfig:
     kind = _rope_type(parameters)
-    common = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if unknown := sorted(set(parameters) - common - ROPE_TYPES[kind]):
+    needed, optional = ROPE_TYPES[kind]
+    if unknown := sorted(set(parameters) - _COMMON_ROPE - needed - optional):
         raise ConfigError(f"rope parameter {unknown[0]!r} is not known for rope type {kind!r}")
+    if missing := sorted(needed - set(parameters)):
+        raise ConfigError(f"rope type {kind!r} needs a {missing[0]}")
     head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-    share = parameters.get("partial_rotary_factor", 1.0)
+    share = parameters.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0
     values: dict[str, Any] = {
-        "theta": float(parameters.get("rope_theta", default_theta)),
+        "theta": float(parameters.get("rope_theta") or raw.get(theta_field) or default_theta),
         "rotary_dim": None if share == 1.0 else int(head_dim * share),
     }
     if kind == "default":
@@ -128,8 +148,6 @@ def _rope(raw: Raw, parameters: dict[str, Any], default_theta: float) -> RopeCon
     original = _original_length(raw, parameters)
     if kind == "longrope":
         return RopeConfig(**values, scaling="longrope", **_longrope(raw, parameters, original))
-    if "factor" not in parameters:
-        raise ConfigError(f"rope type {kind!r} needs a factor")
     if kind == "dynamic":  # transformers measures from the published length, whatever the original one was
         original = raw["max_position_embeddings"]
     for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate"):
@@ -154,40 +172,43 @@ def _yarn_attention_factor(parameters: Raw) -> float:
 
 def _longrope(raw: Raw, parameters: Raw, original: int) -> dict[str, Any]:
     """Up to the original length: the short factors, and the scale of a stretched context (Ding et al. 2024)."""
-    stretch = raw["max_position_embeddings"] / original
+    stretch = parameters.get("factor") or raw["max_position_embeddings"] / original
     scale = parameters.get("attention_factor")
     if scale is None:
         scale = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
     return {"frequency_divisors": tuple(parameters["short_factor"]), "attention_factor": scale}
 
 
-def sliding_window(raw: Raw) -> int | None:
-    """Their `sliding_window`, unless `use_sliding_window` or `layer_types` switch it off."""
-    if raw.get("use_sliding_window") is False:
-        return None
-    types = raw.get("layer_types")
-    if types is not None and "sliding_attention" not in types:
-        return None
-    window: int | None = raw.get("sliding_window")
-    if types is not None and window is None:
-        raise ConfigError("layer_types names sliding_attention layers, but there is no sliding_window")
-    return window
+def sliding_window(default: int | None, *, switched: bool = False) -> Callable[[Raw], int | None]:
+    """How far a windowed layer sees. `switched`: there are such layers only where `use_sliding_window` is true."""
+
+    def read(raw: Raw) -> int | None:
+        if switched and not raw.get("use_sliding_window"):
+            return None
+        window: int | None = raw.get("sliding_window", default)
+        return window
+
+    return read
 
 
-def full_attention_layers(is_full: Callable[[int, Raw], bool]) -> Callable[[Raw], tuple[int, ...]]:
+def full_attention_layers(
+    window: Callable[[Raw], int | None], is_full: Callable[[int, Raw], bool]
+) -> Callable[[Raw], tuple[int, ...]]:
     """Layers without the window: as `layer_types` says, or, where it is not written, by the family's rule."""
 
     def read(raw: Raw) -> tuple[int, ...]:
         types = raw.get("layer_types")
-        if sliding_window(raw) is None:
-            return ()
         if types is None:
-            return tuple(i for i in range(raw["num_hidden_layers"]) if is_full(i, raw))
-        if strange := sorted(set(types) - {"full_attention", "sliding_attention"}):
-            raise ConfigError(f"layer_types names {strange[0]!r}; full_attention and sliding_attention are known")
+            return () if window(raw) is None else tuple(i for i in _layers(raw) if is_full(i, raw))
+        if strange := sorted(set(types) - LAYER_TYPES):
+            raise ConfigError(f"layer_types names {strange[0]!r}; {' and '.join(sorted(LAYER_TYPES))} are known")
         if len(types) != raw["num_hidden_layers"]:
             raise ConfigError(f"layer_types names {len(types)} layers of {raw['num_hidden_layers']}")
-        return tuple(i for i, kind in enumerate(types) if kind == "full_attention")
+        if window(raw) is not None:
+            return tuple(i for i, kind in enumerate(types) if kind == "full_attention")
+        if "sliding_attention" in types:
+            raise ConfigError("layer_types names sliding_attention layers, but there is no sliding_window for them")
+        return ()
 
     return read
 
@@ -197,8 +218,14 @@ def layers_without_rope(raw: Raw) -> tuple[int, ...]:
     flags = raw.get("no_rope_layers")
     if flags is None:
         interval = raw.get("no_rope_layer_interval", 4)
-        return tuple(i for i in range(raw["num_hidden_layers"]) if (i + 1) % interval == 0)
-    return tuple(i for i, has_rope in enumerate(flags) if not has_rope)
+        return tuple(i for i in _layers(raw) if (i + 1) % interval == 0)
+    if len(flags) < raw["num_hidden_layers"]:
+        raise ConfigError(f"no_rope_layers names {len(flags)} layers of {raw['num_hidden_layers']}")
+    return tuple(i for i in _layers(raw) if not flags[i])
+
+
+def _layers(raw: Raw) -> range:
+    return range(raw["num_hidden_layers"])
 
 
 def own_rope(name: str) -> Callable[[Raw], RopeConfig | None]:
@@ -226,4 +253,4 @@ def num_experts(raw: Raw) -> int:
 def dense_layers(raw: Raw) -> tuple[int, ...]:
     """Qwen3-MoE: layers named in `mlp_only_layers`, and those between the sparse steps."""
     step, named = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
-    return tuple(i for i in range(raw["num_hidden_layers"]) if i in named or (i + 1) % step)
+    return tuple(i for i in _layers(raw) if i in named or (i + 1) % step)

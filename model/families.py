@@ -15,12 +15,14 @@ from model.config import ModelConfig
 # Fields of a config.json that say where it came from or how it was trained, never what it computes.
 HARMLESS = frozenset(
     {
-        "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "cache_implementation",
-        "chunk_size_feed_forward", "dtype", "embd_pdrop", "id2label", "initializer_range", "is_encoder_decoder",
-        "label2id", "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
-        "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise",
-        "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-        "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
+        "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "attn_implementation",
+        "attn_pdrop", "auto_map", "cache_implementation", "chunk_size_feed_forward", "dtype", "embd_pdrop", "id2label",
+        "initializer_range", "is_encoder_decoder", "is_llama_config", "label2id", "model_type", "output_attentions",
+        "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type",
+        "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise", "summary_activation",
+        "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
+        "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
+        "use_cache",
     }
 )  # fmt: skip
 
@@ -113,27 +115,41 @@ LLAMA = Family(
         "norm.weight": ("model.norm.weight",),
         "head.weight": ("lm_head.weight",),
     },
+    only={"rope_interleaved": (False,)},
     unused=(f"{_LAYER}.self_attn.rotary_emb.inv_freq",),
 )
 
 
-def _windowed(is_full: Callable[[int, Mapping[str, Any]], bool]) -> dict[str, Derived]:
-    return {
-        "sliding_window": Derived(read.WINDOW_FIELDS, read.sliding_window),
-        "full_attention_layers": Derived(read.WINDOW_FIELDS, read.full_attention_layers(is_full)),
-    }
+def _windowed(
+    *,
+    default: int | None,
+    switched: bool = False,
+    is_full: Callable[[int, Mapping[str, Any]], bool] | None = None,
+    reads: tuple[str, ...] = (),
+) -> dict[str, Derived]:
+    """Windows of `default` tokens, if nothing else is written, in the layers that neither `layer_types` nor `is_full`
+    frees from them. Without `is_full`: in all layers. The fields that `is_full` looks at are its `reads`.
+    """
+    window = read.sliding_window(default, switched=switched)
+    switch = ("use_sliding_window",) if switched else ()
+    found = {"sliding_window": Derived(("sliding_window", *switch, *reads), window)}
+    if is_full is not None:
+        typed = ("layer_types", "num_hidden_layers", *reads)
+        found["full_attention_layers"] = Derived(typed, read.full_attention_layers(window, is_full))
+    return found
 
 
-# Where a config leaves it open: Mistral's window is everywhere, Qwen's begins at a layer, Gemma's alternates.
-_EVERYWHERE = _windowed(lambda i, raw: False)
-_FROM_A_LAYER_ON = _windowed(lambda i, raw: i < raw.get("max_window_layers", 28))
-_EVERY_SECOND = _windowed(lambda i, raw: i % 2 == 1)
-_FIVE_OF_SIX = _windowed(lambda i, raw: (i + 1) % raw.get("sliding_window_pattern", 6) == 0)
+_FROM_A_LAYER_ON = _windowed(
+    default=4096,
+    switched=True,
+    is_full=lambda i, raw: i < raw.get("max_window_layers", 28),
+    reads=("max_window_layers",),
+)
 
 _MISTRAL = LLAMA.relative(
     title="Mistral",
     traits="sliding window",
-    fields={**_EVERYWHERE, "num_kv_heads": "num_key_value_heads"},
+    fields={**_windowed(default=4096), "num_kv_heads": "num_key_value_heads"},
 )
 
 _QWEN2 = LLAMA.relative(
@@ -141,12 +157,14 @@ _QWEN2 = LLAMA.relative(
     traits="biases on queries, keys and values",
     fields={**_FROM_A_LAYER_ON, "num_kv_heads": "num_key_value_heads"},
     fixed={"qkv_bias": True},
+    only={"use_mrope": (False,)},
 )
 
+_QWEN3_HEADS = {"num_kv_heads": "num_key_value_heads", "head_dim": ("head_dim", 128)}
 _QWEN3 = LLAMA.relative(
     title="Qwen3",
     traits="RMSNorm on each head's query and key",
-    fields={**_FROM_A_LAYER_ON, "num_kv_heads": "num_key_value_heads", "head_dim": ("head_dim", 128)},
+    fields={**_FROM_A_LAYER_ON, **_QWEN3_HEADS},
     fixed={"qk_norm": "head"},
 )
 
@@ -154,7 +172,7 @@ _GEMMA2 = LLAMA.relative(
     title="Gemma 2",
     traits="soft-capped scores and logits; norms before and after; windows on every second layer; scaled embeddings",
     fields={
-        **_EVERY_SECOND,
+        **_windowed(default=4096, is_full=lambda i, raw: i % 2 == 1),
         "num_kv_heads": "num_key_value_heads",
         "head_dim": ("head_dim", 256),
         "activation": Derived(("hidden_activation",), read.activation("hidden_activation", "gelu_pytorch_tanh")),
@@ -181,9 +199,16 @@ _GEMMA3 = _GEMMA2.relative(
     title="Gemma 3 (text)",
     traits="as Gemma 2, with RMSNorm on queries and keys, five windowed layers of six, and a RoPE of their own",
     fields={
-        **_FIVE_OF_SIX,
-        "rope": Derived(read.ROPE_FIELDS, read.rope(1_000_000.0)),
-        "local_rope": Derived(read.ROPE_FIELDS, read.local_rope),
+        **_windowed(
+            default=4096,
+            is_full=lambda i, raw: (i + 1) % raw.get("sliding_window_pattern", 6) == 0,
+            reads=("sliding_window_pattern", "_sliding_window_pattern"),
+        ),
+        "rope": Derived(read.ROPE_FIELDS, read.rope_of("full_attention", "rope_theta", 1_000_000.0)),
+        "local_rope": Derived(
+            ("rope_local_base_freq", *read.ROPE_FIELDS),
+            read.rope_of("sliding_attention", "rope_local_base_freq", 10_000.0),
+        ),
         "attention_soft_cap": ("attn_logit_softcapping", None),
         "logit_soft_cap": ("final_logit_softcapping", None),
     },
@@ -193,12 +218,22 @@ _GEMMA3 = _GEMMA2.relative(
 _PHI3 = LLAMA.relative(
     title="Phi-3, Phi-4",
     traits="fused weights; partial rotary; longrope up to the original length",
-    fields=_EVERYWHERE,
+    fields={
+        **_windowed(default=None),
+        "norm_eps": ("rms_norm_eps", 1e-5),
+        "rope": Derived(read.ROPE_FIELDS, read.rope(10_000.0, partial=True)),
+    },
     tensors={
         "layers.{i}.qkv.weight": (f"{_LAYER}.self_attn.qkv_proj.weight",),
         "layers.{i}.mlp.gate_up.weight": (f"{_LAYER}.mlp.gate_up_proj.weight",),
     },
-    only={"attention_bias": (False,)},
+    # The last three are written by Phi-4-mini and read by nothing; at these values nothing is what they stand for.
+    only={
+        "attention_bias": (False,),
+        "full_attn_mod": (1,),
+        "interpolate_factor": (1,),
+        "lm_head_bias": (False,),
+    },
 )
 
 _BLOCK = "transformer.h.{i}"
@@ -212,8 +247,8 @@ _GPT2 = Family(
         "num_layers": "n_layer",
         "num_heads": "n_head",
         "num_kv_heads": "n_head",
-        "head_dim": ("head_dim", None),
-        "max_position_embeddings": "n_positions",
+        "head_dim": Derived(("n_embd", "n_head"), lambda raw: raw["n_embd"] // raw["n_head"]),
+        "max_position_embeddings": Derived(("n_positions", "n_ctx"), lambda raw: raw["n_positions"]),
         "norm_eps": ("layer_norm_epsilon", 1e-5),
         "activation": Derived(("activation_function",), read.activation("activation_function", "gelu_new")),
         "tie_word_embeddings": ("tie_word_embeddings", True),
@@ -257,16 +292,20 @@ _GPT2 = Family(
     unused=(f"{_BLOCK}.attn.bias", f"{_BLOCK}.attn.masked_bias"),
 )
 
+_NO_ROPE = ("no_rope_layers", "no_rope_layer_interval")
 _SMOLLM3 = LLAMA.relative(
     title="SmolLM3",
     traits="every fourth layer without RoPE",
     fields={
-        **_EVERYWHERE,
+        **_windowed(
+            default=None,
+            switched=True,
+            is_full=lambda i, raw: i not in read.layers_without_rope(raw),
+            reads=(*_NO_ROPE, "max_window_layers"),
+        ),
         "num_kv_heads": "num_key_value_heads",
         "rope": Derived(read.ROPE_FIELDS, read.rope(2_000_000.0)),
-        "layers_without_rope": Derived(
-            ("no_rope_layers", "no_rope_layer_interval", "num_hidden_layers"), read.layers_without_rope
-        ),
+        "layers_without_rope": Derived((*_NO_ROPE, "num_hidden_layers"), read.layers_without_rope),
         "tie_word_embeddings": ("tie_word_embeddings", True),
     },
 )
@@ -274,6 +313,7 @@ _SMOLLM3 = LLAMA.relative(
 _OLMO2 = LLAMA.relative(
     title="OLMo 2",
     traits="norms after attention and MLP; RMSNorm on whole queries and keys",
+    fields={"norm_eps": ("rms_norm_eps", 1e-5)},
     fixed={"norm_placement": "post", "qk_norm": "projection"},
     tensors={
         "layers.{i}.attention_post_norm.weight": (f"{_LAYER}.post_attention_layernorm.weight",),
@@ -285,6 +325,8 @@ _MIXTRAL = _MISTRAL.relative(
     title="Mixtral",
     traits="mixture of experts",
     fields={
+        **_windowed(default=None),
+        "norm_eps": ("rms_norm_eps", 1e-5),
         "rope": Derived(read.ROPE_FIELDS, read.rope(1_000_000.0)),
         "num_experts": Derived(read.EXPERT_FIELDS, read.num_experts),
         "num_experts_per_token": ("num_experts_per_tok", 2),
@@ -300,16 +342,20 @@ _MIXTRAL = _MISTRAL.relative(
     },
 )
 
-_QWEN3_MOE = _QWEN3.relative(
+_QWEN3_MOE = LLAMA.relative(
     title="Qwen3-MoE",
     traits="mixture of experts; RMSNorm on each head's query and key",
     fields={
+        **_QWEN3_HEADS,
+        # Its layers are windowed together or not at all, whatever `max_window_layers` says.
+        **_windowed(default=4096, switched=True, reads=("max_window_layers",)),
         "num_experts": Derived(read.EXPERT_FIELDS, read.num_experts),
         "num_experts_per_token": ("num_experts_per_tok", 8),
         "expert_intermediate_size": "moe_intermediate_size",
         "normalize_expert_weights": ("norm_topk_prob", False),
         "dense_layers": Derived(read.EXPERT_FIELDS, read.dense_layers),
     },
+    fixed={"qk_norm": "head"},
     tensors={
         "layers.{i}.mlp.router": (f"{_LAYER}.mlp.gate.weight",),
         "layers.{i}.mlp.experts.{e}.gate_up.weight": (

@@ -8,11 +8,18 @@ from array import array
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
-ROOT = b"attendant"
+
+def root(salt: str, prompt_length: int | None = None) -> bytes:
+    """What the first block's hash builds on: only requests of one root share anything.
+
+    salt: the tenant's. prompt_length: given where keys depend on it.
+    """
+    digest = sha256(b"attendant" + salt.encode()).digest()
+    return digest if prompt_length is None else sha256(digest + b"prompt of %d tokens" % prompt_length).digest()
 
 
 def chain(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The hash of a block, given the hash of the block before it (`ROOT` for the first)."""
+    """The hash of a block, given the hash of the block before it (`root` for the first)."""
     return sha256(parent + array("q", token_ids).tobytes()).digest()
 
 

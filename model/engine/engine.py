@@ -39,7 +39,8 @@ class Engine:
         self.model_config = decoder.config
         self.device = weight.device
         self.max_model_len, num_blocks = size_cache(decoder.config, config, weight.dtype, weight.device)
-        self.scheduler = Scheduler(config, num_blocks, decoder.config.eos_token_ids)
+        model = decoder.config
+        self.scheduler = Scheduler(config, num_blocks, model.eos_token_ids, model.longest_sharing_prompt)
         pool = KVPool(decoder.config, num_blocks, config.block_size, weight.dtype, weight.device)
         self.runner = Runner(decoder, pool, deterministic=config.deterministic)
         self.num_failed_steps = 0

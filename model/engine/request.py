@@ -1,10 +1,9 @@
 """The one mutable state of a request, and what the engine says about it."""
 
 from collections.abc import Sequence
-from hashlib import sha256
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from model.cache.prefix import ROOT, chain
+from model.cache.prefix import chain, root
 from model.errors import InvalidRequest
 from model.sampling.params import SamplingParams
 from model.sampling.result import TokenLogprobs
@@ -62,6 +61,7 @@ class Request:
         "num_computed_tokens",
         "num_prompt_tokens",
         "params",
+        "prefix_root",
         "priority",
         "prompt_logprobs",
         "request_id",
@@ -102,6 +102,7 @@ class Request:
         self.num_cached_tokens = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
+        self.prefix_root = root(cache_salt)
         self.draft_ids: list[int] = []
         self.draft_credit = 0
         self.draft_index: dict[tuple[int, ...], int] = {}
@@ -138,9 +139,6 @@ class Request:
         """The hashes of the first `count` blocks, all of them full. Each is computed once."""
         while len(self.block_hashes) < count:
             start = len(self.block_hashes) * block_size
-            parent = self.block_hashes[-1] if self.block_hashes else self._root_hash()
+            parent = self.block_hashes[-1] if self.block_hashes else self.prefix_root
             self.block_hashes.append(chain(parent, self.token_ids[start : start + block_size]))
         return self.block_hashes[:count]
-
-    def _root_hash(self) -> bytes:
-        return sha256(ROOT + self.cache_salt.encode()).digest()

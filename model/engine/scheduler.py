@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from model.cache.blocks import BlockPool
-from model.cache.prefix import PrefixCache
+from model.cache.prefix import PrefixCache, root
 from model.config import EngineConfig
 from model.engine.request import FinishReason, Request, TokenOutput
 from model.engine.speculative import NgramDrafter
@@ -47,9 +47,19 @@ class ScheduledStep(NamedTuple):
 
 
 class Scheduler:
-    """Holds every live request, waiting or running, and the blocks they stand in."""
+    """Holds every live request, waiting or running, and the blocks they stand in.
 
-    def __init__(self, config: EngineConfig, num_blocks: int, eos_token_ids: Sequence[int]) -> None:
+    longest_sharing_prompt: longer prompts share blocks only with prompts of their own length
+        (`ModelConfig.longest_sharing_prompt`).
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_blocks: int,
+        eos_token_ids: Sequence[int],
+        longest_sharing_prompt: int | None = None,
+    ) -> None:
         self.config = config
         self.prefix = PrefixCache()
         self.blocks = BlockPool(num_blocks, on_reuse=self.prefix.forget)
@@ -60,6 +70,7 @@ class Scheduler:
         self.num_accepted = 0
         self._departed: list[Request] = []
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._longest_sharing_prompt = longest_sharing_prompt
         self._drafter = NgramDrafter(config.speculative_tokens)
         self._arrivals = 0
         # Heaps of (key, request); an entry whose request has moved on is passed over when it comes up, so the cost of
@@ -76,6 +87,8 @@ class Scheduler:
         """Queue a request that `Engine.validate` has let through. Its id is not in use."""
         self._arrivals += 1
         request.arrival = self._arrivals
+        if self._longest_sharing_prompt is not None and request.num_prompt_tokens > self._longest_sharing_prompt:
+            request.prefix_root = root(request.cache_salt, request.num_prompt_tokens)
         self._wait(request)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.arrival, request))

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.fast
 EOS = 2
 
 
-def make(num_blocks: int = 64, **config) -> Scheduler:
+def make(num_blocks: int = 64, longest_sharing_prompt: int | None = None, **config) -> Scheduler:
     settings = {"block_size": 4, "max_num_batched_tokens": 16, "max_num_seqs": 8} | config
-    return Scheduler(EngineConfig(**settings), num_blocks, [EOS])
+    return Scheduler(EngineConfig(**settings), num_blocks, [EOS], longest_sharing_prompt)
 
 
 def request(name: str, length: int, max_tokens: int = 8, first: int = 10, **fields) -> Request:
@@ -183,6 +183,16 @@ def test_another_salt_shares_no_prefix():
     scheduler.add(request("d", 12, max_tokens=1, cache_salt="tenant 2"))
     scheduler.add(request("e", 12, max_tokens=1, cache_salt="tenant 3"))
     assert step(scheduler) == [("d", 8, 4), ("e", 0, 12)]
+
+
+def test_prompts_whose_keys_depend_on_their_length_share_only_among_equal_lengths():
+    scheduler = make(longest_sharing_prompt=9, max_num_batched_tokens=64)
+    for name, length in (("a", 12), ("b", 9)):
+        scheduler.add(request(name, length, max_tokens=1))
+    step(scheduler)
+    for name, length in (("12", 12), ("13", 13), ("9", 9), ("8", 8)):
+        scheduler.add(request(name, length, max_tokens=1))
+    assert step(scheduler) == [("12", 8, 4), ("13", 0, 13), ("9", 8, 1), ("8", 4, 4)]
 
 
 def test_followers_wait_for_the_prompt_of_their_leader_and_share_its_blocks():
