@@ -18,12 +18,12 @@ class ReferenceAttention:
         """Store the new keys and values, then attend. See `model.attention.scores.Attend`."""
         plan, pool = self.plan, self.pool
         pool.store(scores.layer, torch.from_numpy(plan.slot_mapping).to(k.device), k, v)
-        keys, values = pool.layer(scores.layer)
         out = torch.empty_like(q)
         for i in range(plan.num_seqs):
             rows = slice(int(plan.query_start_loc[i]), int(plan.query_start_loc[i + 1]))
-            slots = torch.from_numpy(plan.all_slots(i, i + 1)[0]).to(k.device)  # [seq_len]
-            out[rows] = causal_attention(scores, q[rows], keys[slots], values[slots]).to(q.dtype)
+            slots = torch.from_numpy(plan.all_slots(i, i + 1)[0]).to(k.device)
+            keys, values = pool.gather(scores.layer, slots)  # [seq_len, num_kv_heads, head_dim]
+            out[rows] = causal_attention(scores, q[rows], keys, values).to(q.dtype)
         return out
 
 

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
 
@@ -103,17 +104,24 @@ class Attend(Protocol):
 
 
 def additive(q: Tensor, k: Tensor, energy: Tensor) -> Tensor:
-    """v . tanh(q + k) of projected queries and keys (Bahdanau et al. 2015, appendix A.1.2).
+    """v . tanh(q + k) of projected queries and keys (Bahdanau et al. 2015, appendix A.1.2). Differentiable.
 
     q: [..., num_heads, num_queries, head_dim]; k: [..., num_heads, num_keys, head_dim]; energy: [num_heads, head_dim].
-    Some queries at a time: all pairs at once would need head_dim numbers each.
+    Some queries at a time: all pairs at once would need head_dim numbers each. For the same reason the backward pass
+    computes a slice's pairs again instead of keeping them (Chen et al. 2016).
     """
     rows = max(1, MAX_PAIR_ELEMENTS // max(1, k.numel()))
-    parts = [
-        torch.einsum("...hqkd,hd->...hqk", torch.tanh(part.unsqueeze(-2) + k.unsqueeze(-3)), energy)
-        for part in q.split(rows, dim=-2)
-    ]
+    slices = q.split(rows, dim=-2)
+    if torch.is_grad_enabled():
+        parts = [checkpoint(_pairs, part, k, energy, use_reentrant=False, preserve_rng_state=False) for part in slices]
+    else:
+        parts = [_pairs(part, k, energy) for part in slices]
     return torch.cat(parts, dim=-2)
+
+
+def _pairs(q: Tensor, k: Tensor, energy: Tensor) -> Tensor:
+    # Not a matrix product: the order of its sums depends on how many pairs there are, and a score must not.
+    return (torch.tanh(q.unsqueeze(-2) + k.unsqueeze(-3)) * energy[:, None, None]).sum(dim=-1)
 
 
 def softmax(scores: Tensor, seen: Tensor, sinks: Tensor | None) -> Tensor:

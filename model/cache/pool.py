@@ -33,6 +33,10 @@ class KVPool:
         """Keys and values of one layer, each [num_slots, num_kv_heads, head_dim]."""
         return self.keys[index], self.values[index]
 
+    def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer's `slots` [n], each [n, num_kv_heads, head_dim]: for who reads one sequence."""
+        return self.keys[layer].index_select(0, slots), self.values[layer].index_select(0, slots)
+
     def store(self, layer: int, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
         """Write new tokens into their slots. slot_mapping: [num_tokens]; k, v: [num_tokens, num_kv_heads, head_dim]."""
         self.keys[layer].index_copy_(0, slot_mapping, k)
