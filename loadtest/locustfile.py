@@ -1,126 +1,147 @@
-"""Streams completions from an OpenAI-compatible server and tells what its readers waited for.
+"""Loads an OpenAI-compatible server and tells what its readers waited for.
 
-    make loadtest                                     8 users for 30 s against the running service
-    make loadtest ARGS="-u 32 -t 60s --report r.json"  or any option of Locust's
+    make loadtest                                              8 users for 30 s against the running service
+    make loadtest ARGS="-u 32 -t 60s --report r.json"          or any option of Locust's
+    make loadtest ARGS="--arrivals poisson:rate=5 --workload chat --slo ttft_p99=300ms --report r.json"
 
-Closed loop: each user sends its next request when the last one has ended, so a slow server is asked less. Percentiles
-of a closed loop flatter an overloaded server; they compare like with like at one number of users.
+Without `--arrivals` the loop is closed: each user sends its next request when the last one has ended, so a slow server
+is asked less. That compares like with like at one number of users; what a service can bear is asked in an open loop.
 
-Latencies are kept in our own histograms, off Locust's table, whose only row holds the whole time of each request.
+Exit code: 0 when all is well, 1 when an objective was missed (or, without objectives, a request failed), 2 when the run
+is INVALID. Latencies are kept in our own histograms, off Locust's table: its row holds the whole time of each request.
 """
 
-import json
-import random
-import time
-import urllib.request
 from argparse import ArgumentParser
-from pathlib import Path
 from typing import Any
 
+import gevent
 from locust import FastHttpUser, constant, events, task
 from locust.env import Environment
-from locust.runners import WorkerRunner
+from locust.exception import StopTest, StopUser
+from locust.runners import LocalRunner, MasterRunner, Runner, WorkerRunner
 
-from loadtest.report import Report
-from loadtest.stream import StreamError, read_stream
+from loadtest.conductor import Conductor, TestError
+from loadtest.plan import Plan
+from loadtest.sender import Sender
+from loadtest.slo import seconds
 
-HEROES = ("fox", "bear", "rabbit", "girl", "boy", "king", "farmer", "sailor")
-OBJECTS = ("lantern", "key", "map", "ring", "book", "drum", "kite", "bell")
 
-report = Report()
+class Process:
+    """The parts that play in this process."""
+
+    conductor: Conductor
+    sender: Sender
+
+
+here = Process()
 
 
 class Reader(FastHttpUser):
-    """Asks for a story and reads it as it comes."""
+    """In a closed loop one reader, who asks and reads. In an open loop all the readers of its process."""
 
     wait_time = constant(0)
     connection_timeout = 10.0
     network_timeout = 120.0
+    concurrency = 100_000  # connections at a time: an open loop never waits for one
+
+    def on_start(self) -> None:
+        """Say who we are to a server that asks for a key."""
+        assert self.environment.parsed_options is not None
+        if key := self.environment.parsed_options.api_key:
+            self.client.client.default_headers["Authorization"] = f"Bearer {key}"
 
     @task
-    def read_a_story(self) -> None:
-        """One streamed completion, from the send to `[DONE]`."""
-        options = self.environment.parsed_options
-        assert options is not None
-        hero, thing = random.choice(HEROES), random.choice(OBJECTS)
-        body = {
-            "model": options.served_model,
-            "prompt": f"Once upon a time there was a {hero} with a {thing}.",
-            "max_tokens": options.max_tokens,
-            "temperature": 0.8,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if options.ignore_eos:
-            body["ignore_eos"] = True
-        started = time.perf_counter()
-        with self.client.post(
-            "/v1/completions",
-            json=body,
-            headers={"Accept-Encoding": "identity"},
-            stream=True,
-            catch_response=True,
-        ) as response:
-            try:
-                if response.status_code != 200:
-                    raise StreamError(f"status {response.status_code}: {(response.text or '')[:200]}")
-                # Not `iter_lines`: it reads blocks of 1,024 bytes and would see the first token late.
-                timing = read_stream(lambda: response.stream.readline(b"\n"), started)
-            except (StreamError, OSError, ValueError, KeyError) as error:
-                report.failures += 1
-                response.failure(str(error))
-            else:
-                report.add(timing, time.time())
-                response.success()
-            # With stream=True Locust's own figure is the time to the headers.
-            response.request_meta["response_time"] = 1e3 * (time.perf_counter() - started)
+    def read(self) -> None:
+        """Everything that there is to send, or the next conversation."""
+        if here.sender.open_loop:
+            here.sender.keep_schedule(self.client)
+            raise StopUser
+        if here.sender.stopping:
+            raise StopUser
+        here.sender.converse_once(self.client)
 
 
 @events.init_command_line_parser.add_listener
 def add_options(parser: ArgumentParser) -> None:
     """The options that Locust does not have."""
-    group = parser.add_argument_group("completions")
+    group = parser.add_argument_group("text generation")
     group.add_argument("--served-model", default="", help="model to ask for; default: the first that the server lists")
-    group.add_argument("--max-tokens", type=int, default=128, help="tokens to ask for in each request (default: 128)")
+    group.add_argument(
+        "--workload", default="story", help="entry of loadtest/workloads.toml, or of another file as FILE:ENTRY"
+    )
+    group.add_argument(
+        "--arrivals",
+        default="",
+        help="open loop, such as poisson:rate=20 (loadtest/schedule.py has the list); then -u is not looked at",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the arrivals and of every prompt (default: 0)")
+    group.add_argument(
+        "--warmup", default="0s", type=seconds, help="part of the run time that is not measured (default: 0s)"
+    )
+    group.add_argument("--max-tokens", type=int, default=None, help="instead of the output lengths of the workload")
     group.add_argument(
         "--ignore-eos", action="store_true", help="ask the server to go on to max_tokens (not in OpenAI)"
     )
-    group.add_argument("--report", default="", help="write the summary to this JSON file")
+    group.add_argument(
+        "--slo", action="append", default=[], help="an objective: ttft_p99=300ms, tpot_p99=30ms, goodput=95%% ..."
+    )
+    group.add_argument(
+        "--max-lag", default="10ms", type=seconds, help="how late the client may be at p99 before the run is INVALID"
+    )
+    group.add_argument("--report", default="", help="write this JSON file, and a CSV and an HTML page beside it")
+    group.add_argument("--api-key", default="", env_var="OPENAI_API_KEY", help="bearer token for the server")
+
+
+@events.init.add_listener
+def wire(environment: Environment, runner: Any, **_: Any) -> None:
+    """Give each process its part: the master, or a test of one process, conducts; a worker, or that one, sends."""
+    if not isinstance(runner, WorkerRunner):
+        try:
+            here.conductor = Conductor(environment)
+        except TestError as error:
+            raise SystemExit(f"load test: {error}") from None
+        runner.register_message("drained", here.conductor.on_drained)
+    if not isinstance(runner, MasterRunner):
+        runner.register_message("drain", start_drain)
 
 
 @events.test_start.add_listener
-def find_model(environment: Environment, **_: Any) -> None:
-    """Ask the server for its model, outside of what is measured."""
-    report.clear()
-    options = environment.parsed_options
+def start(environment: Environment, **_: Any) -> None:
+    """The master first: it asks the server and makes the plan, which Locust takes to the workers among the options."""
+    runner, options = environment.runner, environment.parsed_options
+    assert runner is not None
     assert options is not None
-    if not options.served_model:
-        with urllib.request.urlopen(f"{environment.host}/v1/models", timeout=10) as response:
-            options.served_model = json.load(response)["data"][0]["id"]
+    if not isinstance(runner, WorkerRunner):
+        try:
+            options.plan = here.conductor.prepare().to_dict()
+        except TestError as error:
+            gevent.spawn(runner.quit)
+            raise StopTest(f"load test: {error}") from None
+    if isinstance(runner, LocalRunner | WorkerRunner):
+        here.sender = Sender(Plan(**options.plan), runner.worker_index)
 
 
-@events.report_to_master.add_listener
-def send_report(data: dict[str, Any], **_: Any) -> None:
-    """A worker hands over what it has measured since the last time."""
-    data["completions"] = report.to_dict()
-    report.clear()
+@events.test_stopping.add_listener
+def stop(environment: Environment, **_: Any) -> None:
+    """Wait for the last answers: Locust's master would not wait for those of its workers."""
+    if not isinstance(environment.runner, WorkerRunner):
+        here.conductor.drain()
 
 
-@events.worker_report.add_listener
-def receive_report(data: dict[str, Any], **_: Any) -> None:
-    """The master adds it up."""
-    if "completions" in data:
-        report.merge(data["completions"])
+def start_drain(environment: Environment, msg: Any) -> None:
+    """The conductor wants an end. Not here: in a test of one process it waits for us in this very greenlet."""
+    gevent.spawn(drain, environment.runner, msg.data)
+
+
+def drain(runner: Runner, limits: dict[str, float]) -> None:
+    """Wait for the answers, then hand over what was measured."""
+    here.sender.drain(**limits)
+    runner.send_message("drained", here.sender.take())
 
 
 @events.quitting.add_listener
-def print_report(environment: Environment, **_: Any) -> None:
-    """At the very end, when every worker has reported."""
-    if isinstance(environment.runner, WorkerRunner):
-        return
-    print(report)
-    assert environment.parsed_options is not None
-    if environment.parsed_options.report:
-        report.write(Path(environment.parsed_options.report))
-    if report.histograms["e2e"].count == 0:
-        environment.process_exit_code = 1
+def report(environment: Environment, **_: Any) -> None:
+    """At the very end. Locust alone would exit with 1 for any failed request, also where an objective allows some."""
+    environment.process_exit_code = 0
+    if not isinstance(environment.runner, WorkerRunner):
+        environment.process_exit_code = here.conductor.report()

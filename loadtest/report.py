@@ -1,121 +1,168 @@
-"""What a load test has measured: collected by every worker, merged and printed by the master."""
+"""Says what a run has shown: a summary for the eye, JSON for tools, a CSV of the requests, and a page."""
 
+import csv
 import json
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from loadtest.health import Health
 from loadtest.histogram import Histogram
-from loadtest.stream import Timing
+from loadtest.plan import Plan
+from loadtest.results import COLUMNS, METRICS, Record, Results
+from loadtest.server import Check, Counters
+from loadtest.slo import Slo, is_good, verdicts
 
-METRICS = ("ttft", "tpot", "itl", "e2e")
-PERCENTILES = (50, 90, 95, 99)
+PERCENTILES = (50, 90, 95, 99, 99.9)
+STATS = ("mean", *(f"p{percent:g}" for percent in PERCENTILES), "max")
 
 
-class Report:
-    """Histograms of the four latencies, and counts.
+@dataclass(frozen=True)
+class Run:
+    """All that is known of a finished test. ended: Unix time of the last send allowed.
 
-    seconds: from the first request sent to the last one ended, over all workers on one clock.
+    num_arrivals: of the schedule; None in a closed loop. reconciled: whether the server has counters to compare with.
+    max_lag: seconds of the client's own delay at p99 that are borne. problems: what else speaks against the run.
     """
 
-    def __init__(self) -> None:
-        self.clear()
+    plan: Plan
+    results: Results
+    health: Health
+    ended: float
+    num_arrivals: int | None
+    checks: Sequence[Check]
+    reconciled: bool
+    gauges: Sequence[Counters]
+    slos: Sequence[Slo]
+    max_lag: float
+    problems: Sequence[str] = ()
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self.histograms = {name: Histogram() for name in METRICS}
-        self.completion_tokens = 0
-        self.prompt_tokens = 0
-        self.failures = 0
-        self.first_start: float | None = None
-        self.last_end: float | None = None
 
-    def add(self, timing: Timing, ended: float) -> None:
-        """Take in one completion. ended: Unix time."""
-        self._span(ended - timing.e2e, ended)
-        self.histograms["ttft"].record(timing.ttft)
-        self.histograms["e2e"].record(timing.e2e)
-        if timing.tpot is not None:
-            self.histograms["tpot"].record(timing.tpot)
-        for gap in timing.gaps:
-            self.histograms["itl"].record(gap)
-        self.completion_tokens += timing.completion_tokens
-        self.prompt_tokens += timing.prompt_tokens
+def summarize(run: Run) -> dict[str, Any]:
+    """The numbers, in seconds, tokens and requests, and the verdict on them."""
+    results, measured = run.results, run.results.measured
+    window = (run.results.measured_from, max(run.ended, run.results.measured_from + 1e-9))
+    seconds = window[1] - window[0]
+    outcomes = Counter(record.outcome for record in measured)
+    good = sum(is_good(record, run.slos) for record in measured)
+    late = results.histogram("late")
+    summary: dict[str, Any] = {
+        "seconds": seconds,
+        "requests": len(measured),
+        **{name: outcomes[name] for name in ("ok", "cancelled", "refused", "failed")},
+        "error_rate": (outcomes["refused"] + outcomes["failed"]) / len(measured) if measured else math.nan,
+        "requests_rate": _inside(measured, window, lambda record: float(record.outcome in ("ok", "cancelled")))
+        / seconds,
+        "tokens_rate": _inside(measured, window, lambda record: record.completion_tokens) / seconds,
+        "goodput": good / len(measured) if measured else math.nan,
+        "goodput_rate": good / seconds,
+        "prompt_tokens": sum(record.prompt_tokens for record in measured),
+        "completion_tokens": sum(record.completion_tokens for record in measured),
+        "latencies": {metric: _stats(results.histogram(metric)) for metric in METRICS},
+        "kinds": {
+            kind: {metric: _stats(results.histogram(metric, kind)) for metric in METRICS}
+            for kind in sorted(results.histograms)
+        },
+        "errors": dict(Counter(record.error for record in measured if record.error).most_common(10)),
+        "client": {"cpu": run.health.cpu, "lag": _stats(run.health.lag)},
+        "reconciliation": [{**asdict(check), "agrees": check.agrees} for check in run.checks],
+        "reconciled": run.reconciled,
+    }
+    summary["slos"] = verdicts(run.slos, summary)
+    reasons = [*run.problems, *run.health.complaints(late, run.max_lag), *_miscounts(run)]
+    summary["verdict"] = "INVALID" if reasons else "VALID"
+    summary["reasons"] = reasons
+    summary["missed"] = _missed(summary)
+    return summary
 
-    def merge(self, data: Mapping[str, Any]) -> None:
-        """Take in what a worker has sent by `to_dict`."""
-        for name, histogram in data["histograms"].items():
-            self.histograms[name].merge(Histogram.from_dict(histogram))
-        self.completion_tokens += data["completion_tokens"]
-        self.prompt_tokens += data["prompt_tokens"]
-        self.failures += data["failures"]
-        if data["first_start"] is not None:
-            self._span(data["first_start"], data["last_end"])
 
-    def to_dict(self) -> dict[str, Any]:
-        """For the way from a worker to the master."""
-        return {
-            "histograms": {name: histogram.to_dict() for name, histogram in self.histograms.items()},
-            "completion_tokens": self.completion_tokens,
-            "prompt_tokens": self.prompt_tokens,
-            "failures": self.failures,
-            "first_start": self.first_start,
-            "last_end": self.last_end,
-        }
+def write(run: Run, summary: Mapping[str, Any], file: Path) -> None:
+    """JSON at `file`; a CSV with a row for each request and a page for the browser beside it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    records = sorted(run.results.records, key=lambda record: record.intended)
+    plan = run.plan.to_dict()
+    with file.with_suffix(".csv").open("w", newline="") as lines:
+        rows = csv.writer(lines)
+        rows.writerow(COLUMNS)
+        rows.writerows(map(astuple, records))
+    columns = {
+        name: [getattr(record, name) for record in records]
+        for name in ("kind", "intended", "sent", "ttft", "tpot", "e2e", "outcome", "prompt_tokens", "completion_tokens")
+    }
+    document = {"plan": plan, **summary, "gauges": [asdict(each) for each in run.gauges], "records": columns}
+    file.write_text(json.dumps(_finite(document), indent=1) + "\n")
 
-    @property
-    def seconds(self) -> float:
-        """How long the load lasted."""
-        if self.first_start is None or self.last_end is None:
-            return 0.0
-        return self.last_end - self.first_start
 
-    def summary(self) -> dict[str, Any]:
-        """The numbers, in seconds, tokens and requests."""
-        requests = self.histograms["e2e"].count
-        rate = 1.0 / self.seconds if self.seconds else 0.0
-        return {
-            "requests": requests,
-            "failures": self.failures,
-            "seconds": self.seconds,
-            "requests_per_second": requests * rate,
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "completion_tokens_per_second": self.completion_tokens * rate,
-            **{
-                name: {
-                    "count": histogram.count,
-                    "mean": histogram.mean,
-                    **{f"p{percent}": histogram.percentile(percent) for percent in PERCENTILES},
-                    "max": histogram.longest,
-                }
-                for name, histogram in self.histograms.items()
-                if histogram.count
-            },
-        }
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """To the terminal."""
+    print(
+        f"\n{summary['requests']} requests in {summary['seconds']:.1f} s: {summary['ok']} answered, "
+        f"{summary['cancelled']} left, {summary['refused']} refused, {summary['failed']} failed; "
+        f"{summary['requests_rate']:.1f} requests/s, {summary['tokens_rate']:.0f} tokens/s\n"
+    )
+    print(f"{'milliseconds':<14}" + "".join(f"{stat:>10}" for stat in STATS))
+    for metric, stats in summary["latencies"].items():
+        if stats:
+            print(f"{metric.upper():<14}" + "".join(f"{1e3 * stats[stat]:>10.2f}" for stat in STATS))
+    for error, count in summary["errors"].items():
+        print(f"{count} x {error}")
+    for verdict in summary["slos"]:
+        print(f"SLO {verdict['slo']:<24} {'met' if verdict['met'] else 'MISSED'} ({verdict['value']:.4g})")
+    if not summary["reconciled"]:
+        print("The server has no counters that we know: its counts were not compared with ours.")
+    print(f"{summary['verdict']}" + "".join(f"\n  {reason}" for reason in summary["reasons"]))
 
-    def write(self, file: Path) -> None:
-        """The summary as JSON."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(self.summary(), indent=2) + "\n")
 
-    def __str__(self) -> str:
-        summary = self.summary()
-        columns = ("mean", *(f"p{percent}" for percent in PERCENTILES), "max")
-        lines = [
-            "",
-            f"{summary['requests']} completions in {self.seconds:.1f} s, {self.failures} failed: "
-            f"{summary['requests_per_second']:.1f} requests/s, "
-            f"{summary['completion_tokens_per_second']:.0f} tokens/s",
-            "",
-            f"{'milliseconds':<14}" + "".join(f"{column:>10}" for column in columns),
-        ]
-        for name in METRICS:
-            if name in summary:
-                values = "".join(f"{1e3 * summary[name][column]:>10.2f}" for column in columns)
-                lines.append(f"{name.upper():<14}{values}")
-        return "\n".join(lines)
+def _stats(histogram: Histogram) -> dict[str, float]:
+    """Empty where nothing was recorded."""
+    if not histogram.count:
+        return {}
+    percentiles = {f"p{percent:g}": histogram.percentile(percent) for percent in PERCENTILES}
+    return {"count": histogram.count, "mean": histogram.mean, **percentiles, "max": histogram.longest}
 
-    def _span(self, start: float, end: float) -> None:
-        self.first_start = start if self.first_start is None else min(self.first_start, start)
-        self.last_end = end if self.last_end is None else max(self.last_end, end)
+
+def _inside(records: Sequence[Record], window: tuple[float, float], amount: Callable[[Record], float]) -> float:
+    """How much of an amount falls into a window of time, when each request spreads it evenly over its own time.
+
+    Counting whole requests by their start or their end would make short windows too rich or too poor at their edges.
+    """
+    begin, end = window
+    total = 0.0
+    for record in records:
+        overlap = min(record.ended, end) - max(record.sent, begin)
+        if overlap > 0:
+            total += amount(record) * overlap / record.e2e
+    return total
+
+
+def _miscounts(run: Run) -> list[str]:
+    """Requests that were planned and not sent, or that client and server do not agree on."""
+    found = [str(check) for check in run.checks if not check.agrees]
+    if run.reconciled and not run.checks:
+        found.append("the server's counters could not be read after the test")
+    if run.num_arrivals is not None:
+        sent = len({record.index for record in run.results.records})
+        if sent != run.num_arrivals:
+            found.append(f"{sent} of {run.num_arrivals} arrivals of the schedule were sent")
+    if not run.results.measured:
+        found.append("nothing was measured")
+    return found
+
+
+def _missed(summary: Mapping[str, Any]) -> list[str]:
+    """The objectives that were missed; without any, failed requests are what nobody wants."""
+    if summary["slos"]:
+        return [verdict["slo"] for verdict in summary["slos"] if not verdict["met"]]
+    return [f"{summary[name]} requests {name}" for name in ("refused", "failed") if summary[name]]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null says that there is none."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,159 +1,116 @@
-"""The load test measures what a reader of the stream sees, and refuses streams that are not complete."""
+"""What the load test says is what the server itself wrote down: delays, requests and tokens, in either loop."""
 
-import itertools
-import json
-import math
-import random
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+import re
+from statistics import median
 
 import pytest
 
-from loadtest.histogram import Histogram
-from loadtest.report import Report
-from loadtest.stream import StreamError, Timing, read_stream
+from loadtest.schedule import arrivals
+from loadtest.workload import Workloads
 
-ROOT = Path(__file__).parent.parent.parent
-DELAY = 0.5
+pytestmark = pytest.mark.slow
 
-
-def event(**chunk: object) -> bytes:
-    return b"data: " + json.dumps(chunk).encode() + b"\n"
+FIRST, GAP, TOKENS = 0.4, 0.05, 9
 
 
-def text(text: str) -> dict:
-    return {"choices": [{"index": 0, "text": text}]}
-
-
-USAGE = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 4}}
-DONE = b"data: [DONE]\n"
-
-
-def read(lines: list[bytes]) -> Timing:
-    """Read lines that arrive one second apart, the first a second after the send."""
-    clock, arriving = itertools.count(1.0), iter([*lines, b""])
-    return read_stream(lambda: next(arriving), started=0.0, clock=lambda: next(clock))
-
-
-def test_latencies_are_those_of_the_chunks_with_text():
-    role = event(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}}])
-    content = [event(choices=[{"index": 0, "delta": {"content": piece}}]) for piece in ("a", "b c")]
-    timing = read([role, b"\n", *content, event(**USAGE), DONE])
-    assert (timing.ttft, timing.gaps, timing.e2e) == (2.0, [1.0], 5.0)
-    assert timing.completion_tokens == 4
-    assert timing.tpot == pytest.approx((5.0 - 2.0) / 3)
-
-
-def test_a_completion_of_one_token_has_no_time_per_output_token():
-    usage = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 1}}
-    assert read([event(**text("a")), event(**usage), DONE]).tpot is None
-
-
-@pytest.mark.parametrize(
-    ("lines", "words"),
-    [
-        ([event(**text("a")), event(**USAGE)], "without \\[DONE\\]"),
-        ([event(**text("a")), DONE], "no usage"),
-        ([event(**USAGE), DONE], "no text"),
-        ([event(**text("a")), event(error={"message": "replica lost"}), DONE], "replica lost"),
-    ],
-)
-def test_a_stream_that_is_not_complete_is_an_error(lines, words):
-    with pytest.raises(StreamError, match=words):
-        read(lines)
-
-
-def test_percentiles_are_within_half_a_percent_of_the_nearest_rank():
-    values = [random.Random(0).lognormvariate(-5, 2) for _ in range(5000)]
-    histogram = Histogram()
-    for value in values:
-        histogram.record(value)
-    ordered = sorted(values)
-    for percent in (1, 50, 90, 99, 99.9, 100):
-        exact = ordered[math.ceil(len(values) * percent / 100) - 1]
-        assert histogram.percentile(percent) == pytest.approx(exact, rel=0.005)
-    assert histogram.mean == pytest.approx(sum(values) / len(values))
-    assert histogram.longest == max(values)
-
-
-def test_reports_of_workers_add_up_to_the_report_of_one():
-    whole, merged = Report(), Report()
-    for i in range(4):
-        worker = Report()
-        for j in range(5):
-            timing = Timing(ttft=0.125 * (i + 1), e2e=1.0 + j, completion_tokens=8, prompt_tokens=3, gaps=[0.25, 0.5])
-            worker.add(timing, ended=100.0 + i + j)
-            whole.add(timing, ended=100.0 + i + j)
-        merged.merge(json.loads(json.dumps(worker.to_dict())))
-    assert merged.summary() == whole.summary()
-
-
-class Stub(BaseHTTPRequestHandler):
-    """An OpenAI-compatible server whose second token comes `DELAY` seconds after the first."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    served = 0
-
-    def do_GET(self) -> None:
-        self.reply(json.dumps({"data": [{"id": "stub"}]}).encode())
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        assert body["model"] == "stub"
-        self.send_response(200)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for i, data in enumerate((event(**text("a")), event(**text("b")), event(**USAGE), DONE)):
-            if i == 1:
-                time.sleep(DELAY)
-            self.wfile.write(b"%x\r\n%s\n\r\n" % (len(data) + 1, data))
-        self.wfile.write(b"0\r\n\r\n")
-        Stub.served += 1
-
-    def reply(self, data: bytes) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None: ...
-
-
-@pytest.fixture
-def stub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-def run_locust(host: str, *options: str) -> subprocess.CompletedProcess[str]:
-    # A process of its own: Locust patches the standard library of the one it is imported into.
-    command = [sys.executable, "-m", "locust", "--config", "loadtest/locust.conf", "--host", host, *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", [(), ("--processes", "2")], ids=["one process", "two workers"])
-def test_locust_sees_the_first_token_before_the_second_is_sent(stub, tmp_path, processes):
-    Stub.served = 0
-    result = run_locust(stub, "-u", "2", "-t", "3s", "--report", str(tmp_path / "report.json"), *processes)
-    assert result.returncode == 0, result.stderr
-    summary = json.loads((tmp_path / "report.json").read_text())
-    assert summary["requests"] == Stub.served > 0
-    assert summary["completion_tokens"] == 4 * Stub.served
-    assert summary["ttft"]["p99"] < DELAY / 2  # read in blocks of 1,024 bytes it would be the whole delay
-    assert DELAY < summary["e2e"]["p50"] < 2 * DELAY
-    assert summary["tpot"]["p50"] == pytest.approx(DELAY / 3, rel=0.2)
-    assert "TTFT" in result.stdout
+@pytest.mark.parametrize("workload", ["story", "multi-turn"])
+def test_latencies_are_within_two_percent_of_those_that_the_server_wrote_down(serve, load, workload, processes):
+    stub, host = serve(first=FIRST, gap=GAP, tokens=TOKENS)
+    done = load(host, "-u", "2", "-t", "5s", "--workload", workload, *processes)
+    assert done.exit_code == 0, done.output
+    served = [each for each in stub.streamed if len(each.sent) == TOKENS]
+    records, latencies = done.report["records"], done.report["latencies"]
+    assert len(records["sent"]) == len(served) > 4
+    # Read in blocks of 1,024 bytes, the first token would come with the fourth or so.
+    assert median(records["ttft"]) == pytest.approx(median(each.sent[0] - each.arrived for each in served), rel=0.02)
+    spans = [(each.sent[-1] - each.sent[0]) / (TOKENS - 1) for each in served]
+    assert median(records["tpot"]) == pytest.approx(median(spans), rel=0.02)
+    assert median(records["e2e"]) == pytest.approx(median(each.sent[-1] - each.arrived for each in served), rel=0.02)
+    gaps = [later - earlier for each in served for earlier, later in zip(each.sent, each.sent[1:], strict=False)]
+    assert latencies["itl"]["p50"] == pytest.approx(median(gaps), rel=0.02)
+    assert latencies["itl"]["count"] == len(gaps)
+    assert done.report["completion_tokens"] == TOKENS * len(served)
 
 
-def test_a_server_that_is_not_there_fails_the_run():
-    result = run_locust("http://127.0.0.1:9", "-u", "1", "-t", "1s")
-    assert result.returncode != 0
+def test_nothing_but_whole_requests_is_in_the_table_of_locust(serve, load):
+    stub, host = serve(gap=0.02)
+    done = load(host, "-u", "2", "-t", "2s")
+    rows = re.findall(r"^(?:POST +(\S+)| +Aggregated) +(\d+) +0\(", done.output, re.MULTILINE)
+    count = str(len(stub.streamed))
+    assert rows == [("/v1/completions", count), ("", count)]
+
+
+@pytest.mark.parametrize("processes", [(), ("--processes", "2")], ids=["one process", "two workers"])
+def test_an_open_loop_sends_every_arrival_once_though_none_was_answered_yet(serve, load, processes):
+    stub, host = serve(first=2.0, tokens=1)
+    done = load(host, "--arrivals", "poisson:rate=20", "-t", "2s", "--seed", "5", "--workload", "fixed", *processes)
+    assert done.exit_code == 0, done.output
+    schedule = arrivals("poisson:rate=20", seconds=2.0, seed=5)
+    words = Workloads("fixed", seed=5)
+    expected = {words.conversation(arrival.index).turns[0].text for arrival in schedule}
+    assert sorted(each.body["prompt"] for each in stub.streamed) == sorted(expected)
+    last_send = max(each.arrived for each in stub.streamed)
+    assert last_send < min(each.sent[0] for each in stub.streamed)
+    starts = done.report["plan"]["starts_at"]
+    intended = [start - starts for start in done.report["records"]["intended"]]
+    assert intended == pytest.approx([arrival.seconds for arrival in schedule], abs=1e-3)
+
+
+def test_latency_counts_from_the_intended_send_and_from_the_actual_one(serve, load):
+    _, host = serve(first=0.05)
+    done = load(host, "--arrivals", "constant:rate=20", "-t", "2s")
+    latencies, records = done.report["latencies"], done.report["records"]
+    late = [sent - intended for sent, intended in zip(records["sent"], records["intended"], strict=True)]
+    assert min(late) >= 0
+    difference = latencies["ttft"]["mean"] - latencies["ttft_sent"]["mean"]
+    assert difference == pytest.approx(sum(late) / len(late), abs=1e-6)
+    assert latencies["late"]["mean"] == pytest.approx(sum(late) / len(late))
+
+
+def test_the_warm_up_is_sent_and_reconciled_but_not_measured(serve, load):
+    stub, host = serve()
+    done = load(host, "--arrivals", "constant:rate=10", "-t", "3s", "--warmup", "2s")
+    assert done.exit_code == 0, done.output
+    assert len(stub.streamed) == len(done.report["records"]["sent"]) == 30
+    assert done.report["requests"] == done.report["latencies"]["ttft"]["count"] == 10
+
+
+def test_a_reader_who_leaves_closes_the_connection_and_has_no_end_to_end_latency(serve, load):
+    stub, host = serve(gap=0.01, tokens=None)
+    done = load(host, "--arrivals", "constant:rate=4", "-t", "2s", "--workload", "cancel")
+    assert done.exit_code == 0, done.output
+    assert done.report["cancelled"] == done.report["requests"] == 8
+    assert all(each.left and len(each.sent) < 256 for each in stub.streamed)
+    assert done.report["latencies"]["e2e"] == {}
+    assert done.report["latencies"]["ttft"]["count"] == 8
+
+
+def test_a_slow_reader_is_left_out_of_the_latencies_that_it_makes_itself(serve, load):
+    _, host = serve()
+    done = load(host, "--arrivals", "constant:rate=4", "-t", "1s", "--workload", "slow")
+    assert done.report["ok"] == done.report["latencies"]["ttft"]["count"] == 4
+    assert done.report["latencies"]["e2e"] == done.report["latencies"]["itl"] == {}
+    assert min(done.report["records"]["e2e"]) > 3 * 0.2  # it did pause after each chunk but the last
+
+
+def test_connections_are_used_again_once_their_answer_has_ended(serve, load):
+    stub, host = serve()
+    load(host, "-u", "1", "-t", "2s")
+    assert len(stub.streamed) > 10
+    assert len({each.connection for each in stub.streamed}) == 1
+
+
+def test_the_lengths_of_prompts_are_in_the_tokens_of_the_server(serve, load):
+    stub, host = serve(tokens_per_word=2)
+    load(host, "--arrivals", "constant:rate=4", "-t", "1s", "--workload", "fixed")
+    assert {len(each.body["prompt"].split()) for each in stub.streamed} == {64}
+
+
+def test_an_answer_that_is_not_the_json_asked_for_is_a_failure_and_still_counted(serve, load):
+    _, host = serve(reason="stop")
+    done = load(host, "--arrivals", "constant:rate=4", "-t", "1s", "--workload", "json")
+    assert done.exit_code == 1
+    assert done.report["failed"] == 4
+    assert "not JSON" in next(iter(done.report["errors"]))
+    assert all(check["agrees"] for check in done.report["reconciliation"])
