@@ -21,8 +21,9 @@ class Call:
 
     arrived: on `time.perf_counter`'s clock. deadline: on `time.monotonic`'s, if the client set one.
     tenant: whose cached prefixes it may share; empty where everybody's are everybody's.
-    wants_receipt: whether the answer is to say where its time went.
-    log: what its line in the access log says beside the usual.
+    wants_receipt: whether the answer is to say where its time went. Then: admitted_at, when the engines were asked;
+        detokenize_seconds, spent on turning tokens into text.
+    log: what its line in the access log says beside the usual; logs_prompts: also what was asked.
     """
 
     def __init__(self, request_id: str) -> None:
@@ -33,6 +34,9 @@ class Call:
         self.quota: Quota | None = None
         self.tenant = ""
         self.wants_receipt = False
+        self.admitted_at = 0.0
+        self.detokenize_seconds = 0.0
+        self.logs_prompts = False
         self.log: dict[str, Any] = {}
         self._reserved = 0
 

@@ -48,7 +48,7 @@ class Submission(NamedTuple):
 
     `output_ids` are tokens already emitted by a replica that died; `resumed` says that this is such a continuation,
     which is never refused for load: the client was already admitted. `seconds_left` until the client's deadline, if it
-    has one: not a point in time, since clocks differ between machines.
+    has one: not a point in time, since clocks differ between machines. `timed`: the replica keeps a receipt.
     """
 
     request_id: str
@@ -56,6 +56,7 @@ class Submission(NamedTuple):
     output_ids: list[int]
     resumed: bool
     seconds_left: float | None = None
+    timed: bool = False
 
 
 class Accepted(NamedTuple):

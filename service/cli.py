@@ -68,6 +68,12 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="An origin whose pages may call the service; give it once for each.")
     ] = None,
+    access_log: Annotated[
+        str | None, typer.Option(help="A file that gets a line of JSON for each request; - is the ingress' own output.")
+    ] = None,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Write what was asked into the access log, too.")
+    ] = False,
     limit: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE, one of the limits in service/limits.py; once for each.")
     ] = None,
@@ -92,6 +98,8 @@ def serve(
         api_keys_file=str(api_keys_file.resolve()) if api_keys_file else None,
         share_prefixes=share_prefixes,
         cors_origins=tuple(cors_origin or ()),
+        access_log=access_log if access_log in (None, "-") else str(Path(access_log).resolve()),
+        log_prompts=log_prompts,
         limits=Limits.from_texts(limit or []),
     )
     run(args, Address(host, port), data_plane, allow_anonymous=allow_anonymous)

@@ -19,6 +19,7 @@ from service.channel import Work
 from service.dispatch import Dispatcher
 from service.limits import Limits
 from service.metrics import IngressMetrics
+from service.receipt import write_receipt
 from service.streams import Generation, Piece
 
 # Longer texts are tokenized in a thread, so that they do not hold up other clients' streams.
@@ -174,11 +175,15 @@ class Completion:
             for choice in range(count):
                 params = fields.sampling(limit, sibling_seed(seed, choice))
                 works.append(Work(ids, params, grammar, priority, salt))
+        call.admitted_at = time.perf_counter()
         call.reserve(sum(map(len, prompts)) + sum(work.params.max_tokens for work in works))
         try:
             async with call.in_time():
                 generation = await service.dispatcher.open(
-                    works, deadline=call.deadline, max_unread_tokens=service.limits.max_unread_tokens
+                    works,
+                    deadline=call.deadline,
+                    max_unread_tokens=service.limits.max_unread_tokens,
+                    timed=call.wants_receipt,
                 )
         except BaseException:
             call.settle(0)
@@ -232,6 +237,15 @@ class Completion:
             "prompt_tokens_details": {"cached_tokens": self._num_cached_tokens()},
         }
 
+    async def ending(self, *, with_usage: bool = True) -> dict[str, object]:
+        """What an answer says at its end, as far as it was asked for: `usage`, `receipt`."""
+        ending: dict[str, object] = {"usage": self.usage()} if with_usage else {}
+        if self._call.wants_receipt:
+            stream = self._generation.streams[0]
+            noted = await self._service.dispatcher.receipt(stream)
+            ending["receipt"] = write_receipt(self._call, noted, self._num_cached_tokens(), stream.resumes)
+        return ending
+
     def close(self) -> None:
         """Abort what still runs, and count the request. Call it once: the client has everything, or has left."""
         metrics = self._service.metrics
@@ -239,7 +253,14 @@ class Completion:
         metrics.prompt_tokens.inc(self._num_prompt_tokens)
         metrics.cached_tokens.inc(self._num_cached_tokens())
         metrics.prompt_length.observe(self._num_prompt_tokens)
-        self._call.settle(self._num_prompt_tokens + sum(choice.num_tokens for choice in self._choices))
+        num_generated = sum(choice.num_tokens for choice in self._choices)
+        self._call.settle(self._num_prompt_tokens + num_generated)
+        self._call.log.update(
+            prompt_tokens=self._num_prompt_tokens,
+            cached_tokens=self._num_cached_tokens(),
+            completion_tokens=num_generated,
+            finish_reasons=[choice.finish_reason for choice in self._choices],
+        )
 
     @property
     def is_overrun(self) -> bool:
@@ -266,6 +287,8 @@ class Completion:
             return None
         before = choice.num_tokens
         text = choice.feed(piece)
+        if self._call.wants_receipt:
+            self._call.detokenize_seconds += time.perf_counter() - now
         if before == 0:
             choice.first_at = now
             choice.num_cached_tokens = piece.num_cached_tokens

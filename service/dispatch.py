@@ -19,6 +19,7 @@ from model.errors import AttendantError, InvalidRequest
 from service.channel import Accepted, EngineInfo, Output, Refused, Work
 from service.errors import Overloaded, ServiceError, Unavailable
 from service.metrics import IngressMetrics
+from service.receipt import EngineReceipt
 from service.router import ReplicaGone
 from service.streams import Generation, Stream
 
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 MAX_RESUMES = 3
 PING_PERIOD_S = 2.0
 RETRY_PERIOD_S = 0.1
+RECEIPT_TIMEOUT_S = 2.0
 # A client waits this long for an engine to take its request; a stream that lost its replica waits for a restart.
 SUBMIT_TIMEOUT_S = 10.0
 RESUME_TIMEOUT_S = 60.0
@@ -65,16 +67,32 @@ class Dispatcher:
         return info
 
     async def open(
-        self, works: Sequence[Work], *, deadline: float | None = None, max_unread_tokens: int | None = None
+        self,
+        works: Sequence[Work],
+        *,
+        deadline: float | None = None,
+        max_unread_tokens: int | None = None,
+        timed: bool = False,
     ) -> Generation:
-        """Start one stream for each of `works`; `Generation` tells of the deadline and the limit.
+        """Start one stream for each of `works`; `Generation` tells of the rest.
 
         Raises `InvalidRequest`, `Overloaded` or `Unavailable`; then nothing runs.
         """
-        generation = Generation(works, deadline=deadline, max_unread_tokens=max_unread_tokens)
+        generation = Generation(works, deadline=deadline, max_unread_tokens=max_unread_tokens, timed=timed)
         generation.on_overrun.append(lambda: self.abort(generation.streams))
         await self._submit(generation.streams, SUBMIT_TIMEOUT_S)
         return generation
+
+    async def receipt(self, stream: Stream) -> EngineReceipt | None:
+        """What the replica that ended a timed stream noted of it; None if it is gone, or does not answer in time."""
+        try:
+            receipt: EngineReceipt | None = await self._call(
+                self._engines.receipt, stream.request_id, pin=stream.replica_id, timeout_s=RECEIPT_TIMEOUT_S
+            )
+        except Exception as error:
+            logger.info("no receipt from engine replica %s: %s", stream.replica_id, _reason(error))
+            return None
+        return receipt
 
     def abort(self, streams: Sequence[Stream]) -> None:
         """Stop those of `streams` that still run, and free their blocks."""

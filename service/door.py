@@ -12,6 +12,8 @@ class Door(BaseModel):
     share_prefixes: let requests of different keys find one another's prompts in the cache. It saves work, and lets one
         key learn from the time of an answer what another has asked.
     cors_origins: whose pages a browser lets talk to the service.
+    access_log: a file that gets one line of JSON for each request, or "-" for the standard output of the ingress.
+        log_prompts: with what was asked.
     limits: what one client may ask for.
     """
 
@@ -20,4 +22,6 @@ class Door(BaseModel):
     api_keys_file: str | None = None
     share_prefixes: bool = False
     cors_origins: tuple[str, ...] = ()
+    access_log: str | None = None
+    log_prompts: bool = False
     limits: Limits = Limits()

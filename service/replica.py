@@ -14,6 +14,7 @@ from model.sampling.params import GrammarSpec
 from service.admission import Admission, backlog
 from service.channel import Accepted, EngineInfo, Logprobs, Outbox, Output, Refused, Submission
 from service.metrics import EngineMetrics
+from service.receipt import EngineReceipt, Timing, WeightsDigest
 
 if TYPE_CHECKING:
     from model.engine.request import Request, TokenOutput
@@ -24,6 +25,7 @@ WATCH_PERIOD_S = 0.5
 # An ingress pings every 2 s. One that has been silent for this long is gone: when an ingress is killed, Ray lets its
 # open calls run on.
 SILENCE_LIMIT_S = 8.0
+MAX_TIMINGS = 1024  # of calls that have not come for their receipts
 
 
 class Queue(NamedTuple):
@@ -34,10 +36,11 @@ class Queue(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """Where a request's outputs go, and the request."""
+    """Where a request's outputs go, the request, and what is noted of it for those who ask."""
 
     outbox: Outbox
     request: "Request"
+    timing: Timing | None
 
 
 class EngineReplica:
@@ -63,6 +66,9 @@ class EngineReplica:
         self._metrics = EngineMetrics(model_name, self._replica_id)
         self._outboxes: dict[str, Outbox] = {}
         self._owners: dict[str, Owner] = {}
+        self._weights = WeightsDigest(self._model)
+        self._timings: dict[str, Timing] = {}  # the newest last
+        self._unstarted: dict[Request, Timing] = {}  # until the engine's thread takes them out
         self._compiling: set[str] = set()
         self._compiler: GrammarCompiler | None = None
         self._compiler_lock = threading.Lock()
@@ -84,6 +90,7 @@ class EngineReplica:
         """
         if not self._loop.is_alive:
             return Refused(self._replica_id, "failed", f"the engine stopped: {self._loop.failure}")
+        timing = Timing() if submissions and submissions[0].timed else None
         unfinished = [owner.request for owner in self._owners.values()]
         if refusal := self._admission.refusal(unfinished, len(self._compiling), submissions):
             self._metrics.refused(refusal.reason)
@@ -99,12 +106,16 @@ class EngineReplica:
             prompt, spec = tuple(submission.work.prompt_ids), submission.work.grammar
             grammar = None if spec is None else grammars[spec]
             try:
-                request = self._start(submission, outbox, leaders.get(prompt), grammar)
+                request = self._start(submission, outbox, leaders.get(prompt), grammar, timing)
             except InvalidRequest as error:
                 await self.abort(started)
                 return Refused(self._replica_id, "invalid", str(error), param=error.param)
             started.append(submission.request_id)
             leaders.setdefault(prompt, request)
+        if timing is not None and started:
+            self._timings[started[0]] = timing
+            if len(self._timings) > MAX_TIMINGS:
+                del self._timings[next(iter(self._timings))]
         return Accepted(self._replica_id)
 
     async def abort(self, request_ids: list[str], pin: str | None = None) -> None:
@@ -130,6 +141,11 @@ class EngineReplica:
     async def ping(self, channel_id: str, pin: str) -> None:
         """The ingress is alive, and asks whether this replica still takes calls."""
         self._outbox(channel_id).last_seen = time.monotonic()
+
+    async def receipt(self, request_id: str, pin: str) -> EngineReceipt | None:
+        """What was noted of a timed call, by its first request; once. None if that was too long ago."""
+        timing = self._timings.pop(request_id, None)
+        return None if timing is None else timing.receipt(await asyncio.to_thread(self._weights.wait))
 
     async def metrics(self) -> str:
         """This replica's registry in Prometheus' text format."""
@@ -178,7 +194,12 @@ class EngineReplica:
         return self._compiler.compile(spec)
 
     def _start(
-        self, submission: Submission, outbox: Outbox, leader: "Request | None", grammar: "Grammar | None"
+        self,
+        submission: Submission,
+        outbox: Outbox,
+        leader: "Request | None",
+        grammar: "Grammar | None",
+        timing: Timing | None,
     ) -> "Request":
         from model.engine.request import Request
 
@@ -198,7 +219,9 @@ class EngineReplica:
         except GrammarError as error:
             raise InvalidRequest(f"what was said so far cannot go on here: {error}") from error
         # Owned before it is started: the first output may come before `submit` returns.
-        self._owners[submission.request_id] = Owner(outbox, request)
+        self._owners[submission.request_id] = Owner(outbox, request, timing)
+        if timing is not None:
+            self._unstarted[request] = timing
         outbox.request_ids.add(submission.request_id)
         try:
             self._loop.submit(request)
@@ -226,8 +249,19 @@ class EngineReplica:
         self._metrics.observe_step(stats)
         if stats.num_tokens:
             self._admission.observe(stats.num_tokens, stats.seconds)
+        if self._unstarted:
+            self._look_who_started(stats.seconds)
         if outputs and self._event_loop is not None:
             self._event_loop.call_soon_threadsafe(self._fan_out, outputs)
+
+    def _look_who_started(self, step_seconds: float) -> None:
+        """In the engine's thread, behind a step: which of the timed requests were in it for the first time?"""
+        started_at = time.perf_counter() - step_seconds
+        for request, timing in list(self._unstarted.items()):
+            if request.num_computed_tokens or request.request_id not in self._owners:
+                del self._unstarted[request]
+                if timing.started_at is None:
+                    timing.started_at = started_at
 
     def _fan_out(self, outputs: "list[TokenOutput]") -> None:
         by_outbox: dict[Outbox, list[Output]] = {}
@@ -236,6 +270,8 @@ class EngineReplica:
             if owner is None:  # aborted while the step ran
                 continue
             outbox = owner.outbox
+            if owner.timing is not None and output.token_ids:
+                owner.timing.token()
             by_outbox.setdefault(outbox, []).append(
                 (output.request_id, output.token_ids, output.finish_reason, output.num_cached_tokens, _logprobs(output))
             )

@@ -25,7 +25,9 @@ class Piece(NamedTuple):
 class Stream:
     """A journal and its way back to the client. It may move from replica to replica; the client does not see it."""
 
-    def __init__(self, choice: int, work: Work, deadline: float | None, tell: Callable[[Piece], None]) -> None:
+    def __init__(
+        self, choice: int, work: Work, deadline: float | None, timed: bool, tell: Callable[[Piece], None]
+    ) -> None:
         self.work = work
         self.journal: list[int] = []
         self.resumes = 0
@@ -33,6 +35,7 @@ class Stream:
         self.wanted = True
         self._choice = choice
         self._deadline = deadline
+        self._timed = timed
         self._tell = tell
         self._name = uuid.uuid4().hex
         self._attempt = 0
@@ -47,7 +50,7 @@ class Stream:
         self._attempt += 1
         self.replica_id = None
         left = None if self._deadline is None else self._deadline - time.monotonic()
-        return Submission(self.request_id, self.work, list(self.journal), self.resumes > 0, left)
+        return Submission(self.request_id, self.work, list(self.journal), self.resumes > 0, left, self._timed)
 
     def receive(
         self, token_ids: list[int], finish_reason: str | None, num_cached_tokens: int, logprobs: Logprobs | None
@@ -70,15 +73,20 @@ class Generation:
     """The streams of one HTTP request, and the queue in which their pieces meet. One stream is one choice.
 
     deadline: on `time.monotonic`'s clock. max_unread_tokens: of each choice; whoever does not take them in time is
-    given up, and `on_overrun` called, once.
+    given up, and `on_overrun` called, once. timed: the replicas keep a receipt.
     """
 
     def __init__(
-        self, works: Sequence[Work], *, deadline: float | None = None, max_unread_tokens: int | None = None
+        self,
+        works: Sequence[Work],
+        *,
+        deadline: float | None = None,
+        max_unread_tokens: int | None = None,
+        timed: bool = False,
     ) -> None:
         self.on_overrun: list[Callable[[], object]] = []
         self.is_overrun = False
-        self.streams = [Stream(i, work, deadline, self._put) for i, work in enumerate(works)]
+        self.streams = [Stream(i, work, deadline, timed, self._put) for i, work in enumerate(works)]
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self._unread = 0
         self._max_unread = math.inf if max_unread_tokens is None else max_unread_tokens * len(works)

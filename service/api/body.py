@@ -17,6 +17,8 @@ from service.limits import Limits
 
 NUL = rb"\u0000"  # as JSON writes it; the bare byte is no JSON
 
+TEXTS = ("prompt", "messages", "input", "instructions")  # what the log tells of a body, where the operator wants it
+
 RequestBody = TypeVar("RequestBody", bound=Body)
 
 
@@ -26,16 +28,21 @@ async def read(request: Request, schema: type[RequestBody], model_name: str) -> 
     Raises `InvalidRequest`, `BodyTooLarge`, `BodyTooSlow` or `NotFound`.
     """
     service: Service = request.app.state.service
+    call = call_of(request)
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json":
         raise InvalidRequest("send the body as JSON, with the header content-type: application/json")
-    body = parse(schema, decode(await _read_bounded(request, service.limits)))
+    decoded = decode(await _read_bounded(request, service.limits))
+    if call.logs_prompts and isinstance(decoded, dict):
+        call.log.update({name: decoded[name] for name in TEXTS if name in decoded})
+    body = parse(schema, decoded)
     if body.model is not None and body.model != model_name:
         raise unknown_model(body.model, model_name)
     if isinstance(body, GenerationFields):
         service.limits.check(body)
         if body.deadline_ms is not None:
-            call_of(request).limit_to(body.deadline_ms)
+            call.limit_to(body.deadline_ms)
+        call.wants_receipt = bool(body.receipt)
     return body
 
 

@@ -98,8 +98,9 @@ def _stream(
                 chunks.append(closing.chunk(delta.choice, None, delta.finish_reason))
         return b"".join(chunks)
 
-    def last() -> bytes:
-        return event({**envelope, "choices": [], "usage": completion.usage()}) if with_usage else b""
+    async def last() -> bytes:
+        ending = await completion.ending(with_usage=with_usage)
+        return event({**envelope, "choices": [], **ending}) if ending else b""
 
     first = b"".join(opening.chunk(choice, "", None) for choice in range(body.num_choices))
     if plan is not None or body.logprobs:
@@ -171,7 +172,7 @@ async def _whole(
             if body.logprobs:
                 logprobs = {"content": chat_logprobs(service.tokenizer, written.tokens), "refusal": None}
             choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
-        return JSONResponse({**envelope, "choices": choices, "usage": completion.usage()})
+        return JSONResponse({**envelope, "choices": choices, **await completion.ending()})
     finally:
         completion.close()
 

@@ -67,8 +67,9 @@ def _stream(
     def write(deltas: list[Delta]) -> bytes:
         return b"".join(writer.chunk(delta.choice, delta.text, delta.finish_reason) for delta in deltas)
 
-    def last() -> bytes:
-        return event({**envelope, "choices": [], "usage": completion.usage()}) if with_usage else b""
+    async def last() -> bytes:
+        ending = await completion.ending(with_usage=with_usage)
+        return event({**envelope, "choices": [], **ending}) if ending else b""
 
     if body.logprobs is not None:
         with_logprobs = _LogprobsWriter(service, envelope, echoes, with_usage=with_usage)
@@ -124,7 +125,7 @@ async def _whole(
             if body.prompt_logprobs is not None:
                 choice["prompt_logprobs"] = prompt_logprobs(service.tokenizer, written.prompt)
             choices.append(choice)
-        return JSONResponse({**envelope, "choices": choices, "usage": completion.usage()})
+        return JSONResponse({**envelope, "choices": choices, **await completion.ending()})
     finally:
         completion.close()
 

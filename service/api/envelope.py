@@ -1,13 +1,15 @@
-"""Around every request: its id, the count of its answer, and an honest 500 for what nobody foresaw."""
+"""Around every request: its id, its count, its line in the log, and an honest 500 for what nobody foresaw."""
 
 import logging
 import re
+import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.errors import InvalidRequest
+from service.access_log import AccessLog
 from service.api.errors import error_response
 from service.call import Call, attach
 from service.metrics import IngressMetrics
@@ -22,9 +24,10 @@ INSANE_ID = InvalidRequest(f"the header {REQUEST_ID} must match {SANE_ID.pattern
 class Envelope:
     """The outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp, metrics: IngressMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: IngressMetrics, log: AccessLog | None) -> None:
         self._app = app
         self._metrics = metrics
+        self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI call."""
@@ -55,6 +58,19 @@ class Envelope:
             logger.exception("request %s failed", call.request_id)
             if not status:
                 await error_response(error)(scope, receive, send_counted)
+        finally:
+            if self._log is not None:
+                self._log.write(
+                    {
+                        "request_id": call.request_id,
+                        "key": call.key and call.key.name,
+                        "method": scope["method"],
+                        "route": _route(scope),
+                        "status": status or None,  # none: the client left before there was one
+                        "seconds": round(time.perf_counter() - call.arrived, 6),
+                        **call.log,
+                    }
+                )
 
 
 def _route(scope: Scope) -> str:

@@ -28,6 +28,7 @@ class Gate:
         self._limits = door.limits
         self._keys = keys
         self._share_prefixes = door.share_prefixes
+        self._logs_prompts = door.log_prompts
         self._quotas: dict[str, Quota] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,6 +36,7 @@ class Gate:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         call = call_in(scope)
+        call.logs_prompts = self._logs_prompts
         try:
             self._check_size(scope["headers"])
             headers = Headers(scope=scope)

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
+from service.access_log import AccessLog
 from service.api import chat, completions, errors, operations
 from service.api.envelope import REQUEST_ID, Envelope
 from service.api.gate import DEADLINE_HEADER, Gate
@@ -42,7 +43,8 @@ def create_api(service: Service, door: Door) -> FastAPI:
             allow_headers=["authorization", "content-type", REQUEST_ID, DEADLINE_HEADER],
             expose_headers=[REQUEST_ID, "retry-after"],
         )
-    api.add_middleware(Envelope, metrics=service.metrics)
+    log = AccessLog(door.access_log) if door.access_log else None
+    api.add_middleware(Envelope, metrics=service.metrics, log=log)
     document = _document(api)
     api.openapi = lambda: document  # type: ignore[method-assign]  # FastAPI's own way to override it
     return api

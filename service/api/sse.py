@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -55,7 +55,7 @@ class EventStream(StreamingResponse):
         write: Callable[[list[Delta]], bytes],
         *,
         first: bytes = b"",
-        last: Callable[[], bytes] = bytes,
+        last: Callable[[], Awaitable[bytes]],
     ) -> None:
         self._completion = completion
         self._metrics = metrics
@@ -83,16 +83,15 @@ class EventStream(StreamingResponse):
                 self._metrics.disconnects.inc()
 
     async def _events(
-        self, write: Callable[[list[Delta]], bytes], first: bytes, last: Callable[[], bytes]
+        self, write: Callable[[list[Delta]], bytes], first: bytes, last: Callable[[], Awaitable[bytes]]
     ) -> AsyncIterator[bytes]:
         try:
             async for deltas in self._completion:
                 yield first + write(deltas)
                 first = b""
+            ending = await last() + DONE
         except Exception as error:
             logger.exception("a stream broke off")
-            self._ended = True
-            yield event(describe(error)[1]) + DONE
-        else:
-            self._ended = True
-            yield last() + DONE
+            ending = event(describe(error)[1]) + DONE
+        self._ended = True
+        yield ending

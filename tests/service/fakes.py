@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from service.channel import Accepted, EngineInfo, Outbox, Refused, Submission
+from service.receipt import EngineReceipt
 from service.replica import EngineReplica
 from service.router import ReplicaGone
 
@@ -44,6 +45,7 @@ class FakeFleet:
         self.abort = Method(self._abort)
         self.ping = Method(self._ping)
         self.describe = Method(self._describe)
+        self.receipt = Method(self._receipt)
         self.channel = Stream(self._channel)
 
     def options(self, stream: bool) -> "FakeFleet":
@@ -73,6 +75,10 @@ class FakeFleet:
 
     async def _ping(self, channel_id: str, pin: str) -> None:
         self._pinned(pin)
+
+    async def _receipt(self, request_id: str, pin: str) -> EngineReceipt:
+        self._pinned(pin)
+        return EngineReceipt(queue=0.25, prefill=0.5, decode=None, weights_sha256="ab")
 
     async def _describe(self) -> EngineInfo:
         return EngineInfo(max_model_len=64, capacity=16)

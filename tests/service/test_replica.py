@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -244,3 +245,24 @@ async def test_a_dead_engine_ends_the_channels_and_fails_the_health_check(replic
     refused = await replica.submit("c", [submission("b")], {})
     assert isinstance(refused, Refused)
     assert refused.kind == "failed"
+
+
+async def test_a_timed_request_has_a_receipt_once_and_others_have_none(
+    replica: EngineReplica, tiny_model: Path
+) -> None:
+    timed = [submission(name, prompt=300)._replace(timed=True) for name in "ab"]
+    await replica.submit("c", [*timed], {})
+    await replica.submit("c", [submission("plain")], {})
+    await read(replica.channel("c", "r1"), 3)
+    receipt = await replica.receipt("a", "r1")
+    assert receipt is not None
+    assert receipt.queue is not None
+    assert receipt.prefill is not None
+    assert receipt.prefill > 0
+    assert receipt.decode is not None
+    assert receipt.decode > 0
+    assert receipt.weights_sha256 == sha256((tiny_model / "model.safetensors").read_bytes()).hexdigest()
+    assert await replica.receipt("a", "r1") is None
+    assert await replica.receipt("plain", "r1") is None
+    assert not replica._timings
+    assert not replica._unstarted

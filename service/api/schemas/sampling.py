@@ -108,7 +108,7 @@ class GenerationFields(Body):
     `user` is a label for the operator and changes nothing, as with OpenAI. `cache_salt`: prompts share their cached
     prefixes only with others of the same salt. `deadline_ms`, or the header `X-Request-Deadline-Ms`: milliseconds from
     the request's arrival until it must be over; what is then not finished ends with an error, and what has not begun
-    never does.
+    never does. `receipt`: the answer says where its time went and which weights gave it.
     """
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -126,6 +126,7 @@ class GenerationFields(Body):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool | None = None
+    receipt: bool | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
