@@ -57,6 +57,7 @@ $(VENV)/.python:
 $(VENV)/.serve: $(VENV)/.python deploy/lock/serve.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement deploy/lock/serve.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python -m model.kernels.cpu.build
 	@touch $@
 
 $(VENV)/.%: $(VENV)/.serve deploy/lock/%.txt

@@ -26,3 +26,7 @@ class InvalidRequest(AttendantError):  # noqa: N818 - named for what the client 
 
 class GrammarError(AttendantError):
     """A request's output cannot go on under its grammar. That request ends with an error; the others do not notice."""
+
+
+class StepError(AttendantError):
+    """A batch that the native step refuses: a bug of ours, caught before it could read or write where it must not."""

@@ -23,6 +23,7 @@ ORDER = (
     "model.attention",
     "model.decoder",
     "model.checkpoint",
+    "model.kernels.cpu",
     "model.sampling",
     "model.text",
     "model.engine",
@@ -48,7 +49,7 @@ def module_name(file: Path) -> str:
 
 def room(module: str) -> int | None:
     rooms = [i for i, name in enumerate(ORDER) if module == name or module.startswith(f"{name}.")]
-    return rooms[0] if rooms else None
+    return max(rooms, key=lambda i: len(ORDER[i]), default=None)  # the narrowest: a house may hold several rooms
 
 
 def product_files() -> list[Path]:

@@ -1,0 +1,8 @@
+// The kernels, compiled for AVX-512 with VNNI and bf16; the flags are in `build.py`.
+#include "attention.h"
+#include "linear.h"
+#include "rows.h"
+
+extern const Kernels kernels_avx512 = {
+    embed, add, normalize, encode_int8, encode_bf16, linear_int8, linear_bf16, rotate, store, attend, merge, finish,
+};

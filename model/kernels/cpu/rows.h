@@ -1,0 +1,84 @@
+// What happens to one row at a time: embedding, norm, rotary positions, and the encoding that products read.
+#pragma once
+#include "vectors.h"
+
+// out = row * scale. row: [width] bf16.
+static void embed(const uint16_t *row, int64_t width, float scale, float *out) {
+    for (int64_t i = 0; i < width; i++) {
+        uint32_t bits = (uint32_t)row[i] << 16;
+        float value;
+        memcpy(&value, &bits, 4);
+        out[i] = value * scale;
+    }
+}
+
+static void add(float *x, const float *y, int64_t width) {
+    for (int64_t i = 0; i < width; i++) x[i] += y[i];
+}
+
+// x / rms(x) * weight, or (x - mean) / deviation * weight + bias. `out` may be `x`.
+static void normalize(const Norm *norm, const float *x, int64_t width, float *out) {
+    float mean = 0.0f;
+    if (norm->kind == LAYER_NORM) {
+        Floats total = splat(0.0f);
+        for (int64_t i = 0; i < width; i += 16) total = total + load_first(x + i, width - i);
+        mean = sum(total) / (float)width;
+    }
+    Floats squares = splat(0.0f);
+    for (int64_t i = 0; i < width; i += 16) {
+        Floats d = load_first(x + i, width - i) - splat(mean);
+        if (width - i < 16) d = select(lane() < splat((int32_t)(width - i)), d, splat(0.0f));
+        squares = squares + d * d;
+    }
+    Floats inverse = splat(1.0f / sqrtf(sum(squares) / (float)width + norm->eps));
+    for (int64_t i = 0; i < width; i += 16) {
+        Floats y = (load_first(x + i, width - i) - splat(mean)) * inverse * load_first(norm->weight + i, width - i);
+        if (norm->bias) y = y + load_first(norm->bias + i, width - i);
+        save_first(out + i, y, width - i);
+    }
+}
+
+// One row to u8 = round(x / scale) + 128 with scale = max |x| / 127; what pads the row to `stride` stands for zero.
+// A row that holds NaN or infinity gets the scale NaN, so that everything computed from it says so.
+static void encode_int8(const float *x, int64_t width, uint8_t *out, int64_t stride, float *scale) {
+    Ints top = splat(0);
+    for (int64_t i = 0; i < width; i += 16) {  // magnitudes order like their bits, NaN above all
+        top = max(top, as_ints(load_first(x + i, width - i)) & splat(0x7FFFFFFF));
+    }
+    int32_t bits = largest(top);
+    float magnitude;
+    memcpy(&magnitude, &bits, 4);
+    memset(out, 128, stride);
+    if (bits >= 0x7F800000) {
+        *scale = NAN;
+        return;
+    }
+    *scale = (magnitude < 1e-12f ? 1e-12f : magnitude) / 127.0f;
+    for (int64_t i = 0; i < width; i += 16) {
+        // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
+        Floats shifted = load_first(x + i, width - i) / splat(*scale) + splat(12582912.0f);
+        int32_t value[16];
+        Ints bytes = as_ints(shifted) - splat(0x4B400000 - 128);
+        memcpy(value, &bytes, 64);
+        for (int64_t j = 0; j < 16 && i + j < width; j++) out[i + j] = (uint8_t)value[j];
+    }
+}
+
+// One row to bf16; zeros up to `stride` numbers.
+static void encode_bf16(const float *x, int64_t width, uint16_t *out, int64_t stride) {
+    for (int64_t i = 0; i < stride; i += 16) {
+        uint16_t rounded[16];
+        to_bf16(rounded, i < width ? load_first(x + i, width - i) : splat(0.0f));
+        memcpy(out + i, rounded, 2 * (stride - i < 16 ? stride - i : 16));
+    }
+}
+
+// Turn the pairs (i, i + half) of a head by the angles whose cosines and sines are given, [half] (Su et al. 2021).
+static void rotate(float *head, const float *cos, const float *sin, int64_t half) {
+    for (int64_t i = 0; i < half; i += 16) {
+        Floats a = load_first(head + i, half - i), b = load_first(head + half + i, half - i);
+        Floats c = load_first(cos + i, half - i), s = load_first(sin + i, half - i);
+        save_first(head + i, a * c - b * s, half - i);
+        save_first(head + half + i, b * c + a * s, half - i);
+    }
+}

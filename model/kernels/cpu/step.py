@@ -1,0 +1,232 @@
+"""The native step: a decoder's whole forward pass over the rows of a step in one call, its weights packed once."""
+
+import ctypes
+import weakref
+from ctypes import byref
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.attention.plan import AttentionPlan
+from model.cache.packed import PackedPool
+from model.config import EngineConfig
+from model.decoder import Decoder, DecoderLayer
+from model.errors import StepError
+from model.kernels.cpu import library
+from model.kernels.cpu.build import NoLibrary
+from model.kernels.cpu.library import ACTIVATIONS, INSTRUCTION_SETS, NORMS, PANEL
+from model.kernels.cpu.pack import Arena, Matrix, interleave, release, up
+from model.layers import MLP, Int8Linear, LayerNorm, RMSNorm
+from model.rotary import Rotary
+
+# Before an engine takes torch's threads down: as many as torch would use.
+DEFAULT_THREADS = torch.get_num_threads()
+
+REFUSALS = (
+    "nothing",
+    "the number of its tokens or samples: {value}",
+    "the rows of sequence {index} end at {value}",
+    "row {index} has the token id {value}, outside of the vocabulary",
+    "row {index} has the position {value}, outside of the context or out of order",
+    "sequence {index} has the block {value} in its table, which the cache does not have, or too short a table",
+    "sample {index} is of row {value}, which is not there",
+)
+
+
+def why_not(decoder: Decoder, config: EngineConfig) -> str | None:
+    """Why this decoder cannot be run by the native step here; None if it can."""
+    if decoder.embedding.device.type != "cpu":
+        return f"the device is {decoder.embedding.device.type}"
+    if not isinstance(decoder.head, Int8Linear) and decoder.embedding.dtype != torch.bfloat16:
+        return f"the weights are {str(decoder.embedding.dtype).removeprefix('torch.')}, neither bf16 nor int8"
+    if config.block_size not in (1, 2, 4, 8) and config.block_size % 16:
+        return f"block_size {config.block_size} is neither 1, 2, 4, 8 nor a multiple of 16"
+    if reason := _why_not_shape(decoder):
+        return reason
+    try:
+        library.load()
+    except (NoLibrary, OSError) as error:
+        return str(error)
+    return None
+
+
+def _why_not_shape(decoder: Decoder) -> str | None:
+    layers = [layer for layer in decoder.layers if isinstance(layer, DecoderLayer)]
+    if any(not isinstance(layer.mlp, MLP) for layer in layers):
+        return "it has a mixture of experts"
+    if any(layer.scores.energy is not None or layer.scores.query_projection is not None for layer in layers):
+        return f"its score function is {decoder.config.attention}, unfolded"
+    if any(rotary.config.scaling == "dynamic" for rotary in _rotaries(decoder)):
+        return "its rotary positions depend on the length of the prompt"
+    return None
+
+
+class NativeStep:
+    """Computes steps over a `PackedPool`. Takes the weights out of the decoder: it holds none afterwards.
+
+    A row's results depend on its sequence alone, to the last bit: not on the batch, on chunks, or on the number of
+    threads.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        pool: PackedPool,
+        *,
+        max_tokens: int,
+        num_threads: int | None = None,
+        instruction_set: str | None = None,
+    ) -> None:
+        self.config, self.pool = decoder.config, pool
+        self._library = library.load()
+        self._arena = arena = Arena(_shapes(decoder))
+        # In order of use, so that the arena is read from its start to its end.
+        tables = [(arena.keep(rotary.cos.float()), arena.keep(rotary.sin.float())) for rotary in _rotaries(decoder)]
+        layers = [self._layer(decoder, index, tables) for index in range(self.config.num_layers)]
+        self._layers = (library.Layer * len(layers))(*layers)
+        head = arena.pack(Matrix.of(decoder.head).padded())
+        embedding = decoder.embedding.detach().to(torch.bfloat16)
+        release(decoder.head)
+        decoder.embedding.data = embedding  # which may have been the head, too
+        places = decoder.position_embedding
+        model = library.Model(
+            embedding=arena.keep(decoder.embedding),
+            position_embedding=None if places is None else arena.keep(places.to(torch.bfloat16)),
+            layers=ctypes.addressof(self._layers),
+            norm=self._norm(decoder.norm),
+            head=head,
+            vocab_size=self.config.vocab_size,
+            hidden_size=self.config.hidden_size,
+            num_layers=self.config.num_layers,
+            max_positions=self.config.max_position_embeddings,
+            num_blocks=pool.num_blocks,
+            max_tokens=max_tokens,
+            num_threads=num_threads or DEFAULT_THREADS,
+            embedding_scale=self.config.embedding_scale,
+            final_cap=self.config.logit_soft_cap or 0.0,
+            instruction_set=INSTRUCTION_SETS.index(instruction_set or self._library.instruction_sets[-1]),
+        )
+        self._step = self._library.create(byref(model))
+        weakref.finalize(self, self._library.destroy, self._step)
+        self._vocab = head.panels * PANEL
+        self._logits = torch.from_numpy(np.zeros((max_tokens, self._vocab), dtype=np.float32))
+        self._hidden = _floats_at(self._library.hidden(self._step), (max_tokens, up(self.config.hidden_size, PANEL)))
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, plan: AttentionPlan, sample_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Final hidden states, [num_tokens, hidden_size], and logits, [num_samples, vocab_size], both fp32.
+
+        They lie in the step's own memory: the next call overwrites them. Raises `StepError` before anything is computed
+        if a token, position or block is none that there is.
+        """
+        verdict = library.Verdict()
+        batch = library.Batch(
+            token_ids=token_ids.data_ptr(),
+            positions=positions.data_ptr(),
+            query_start_loc=plan.query_start_loc.ctypes.data,
+            block_tables=plan.block_tables.ctypes.data,
+            sample_rows=sample_rows.data_ptr(),
+            logits=self._logits.data_ptr(),
+            num_tokens=len(token_ids),
+            num_seqs=plan.num_seqs,
+            max_blocks=plan.block_tables.shape[1],
+            num_samples=len(sample_rows),
+        )
+        self._library.step(self._step, byref(batch), byref(verdict))
+        if verdict.refusal:
+            reason = REFUSALS[verdict.refusal].format(index=verdict.index, value=verdict.value)
+            raise StepError(f"the native step refuses a batch for {reason}")
+        hidden = self._hidden[: len(token_ids), : self.config.hidden_size]
+        return hidden, self._logits[: len(sample_rows), : self.config.vocab_size]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [rows, hidden_size] fp32, rows in any number -> [rows, vocab_size]."""
+        out = torch.empty(len(hidden), self._vocab)
+        for rows, logits in zip(hidden.split(len(self._logits)), out.split(len(self._logits)), strict=True):
+            rows = rows.contiguous()
+            self._library.head(self._step, rows.data_ptr(), rows.stride(0), len(rows), logits.data_ptr())
+        return out[:, : self.config.vocab_size]
+
+    def _layer(self, decoder: Decoder, index: int, tables: list[tuple[int | None, int | None]]) -> library.Layer:
+        layer, config, pack = decoder.layers[index], self.config, self._arena.pack
+        assert isinstance(layer, DecoderLayer)
+        assert isinstance(layer.mlp, MLP)
+        gate_up = Matrix.of(layer.mlp.gate_up)
+        packed = library.Layer(
+            attention_norm=self._norm(layer.attention_norm),
+            attention_post_norm=self._norm(layer.attention_post_norm),
+            mlp_norm=self._norm(layer.mlp_norm),
+            mlp_post_norm=self._norm(layer.mlp_post_norm),
+            q_norm=self._norm(layer.q_norm),
+            k_norm=self._norm(layer.k_norm),
+            norm_whole=config.qk_norm == "projection",
+            qkv=pack(Matrix.of(layer.qkv).padded()),
+            output=pack(Matrix.of(layer.output).padded()),
+            up=pack(interleave(gate_up) if layer.mlp.gated else gate_up.padded()),
+            down=pack(Matrix.of(layer.mlp.down).padded()),
+            attention=self._attention(layer, index),
+            activation=ACTIVATIONS[config.activation],
+            gated=layer.mlp.gated,
+        )
+        rope = config.rope_of(index)
+        for rotary, (cos, sin) in zip(_rotaries(decoder), tables, strict=True):
+            if rotary.config == rope:
+                packed.cos, packed.sin, packed.rotary_half = cos, sin, rotary.rotary_dim // 2
+        for module in (layer.qkv, layer.output, layer.mlp.gate_up, layer.mlp.down):
+            release(module)
+        return packed
+
+    def _attention(self, layer: DecoderLayer, index: int) -> library.Attention:
+        config, pool, scores = self.config, self.pool, layer.scores
+        return library.Attention(
+            keys=pool.keys[index].data_ptr(),
+            values=pool.values[index].data_ptr(),
+            sinks=None if scores.sinks is None else self._arena.keep(scores.sinks.float()),
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            padded_dim=pool.padded_dim,
+            block_size=pool.block_size,
+            groups=pool.groups,
+            window=scores.window or 0,
+            sink_tokens=scores.num_sink_tokens,
+            scale=scores.scale,
+            softcap=scores.soft_cap or 0.0,
+        )
+
+    def _norm(self, norm: nn.Module | None) -> library.Norm:
+        if norm is None or isinstance(norm, nn.Identity):
+            return library.Norm()
+        assert isinstance(norm, RMSNorm | LayerNorm)
+        kind, bias = ("layer", norm.bias.float()) if isinstance(norm, LayerNorm) else ("rms", None)
+        keep = self._arena.keep
+        return library.Norm(weight=keep(norm.weight.float()), bias=keep(bias), eps=norm.eps, kind=NORMS[kind])
+
+
+def _rotaries(decoder: Decoder) -> list[Rotary]:
+    return [rotary for rotary in decoder.rotaries if isinstance(rotary, Rotary)]
+
+
+def _shapes(decoder: Decoder) -> list[tuple[int, int, torch.dtype]]:
+    """(outputs, inputs, dtype) of every map as `Arena` will hold it."""
+    shapes = []
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        assert isinstance(layer.mlp, MLP)
+        shapes += [_shape(layer.qkv), _shape(layer.output), _shape(layer.mlp.down)]
+        shapes.append(_shape(layer.mlp.gate_up, parts=1 + layer.mlp.gated))
+    return [*shapes, _shape(decoder.head)]
+
+
+def _shape(module: nn.Module, parts: int = 1) -> tuple[int, int, torch.dtype]:
+    matrix = Matrix.of(module)
+    outputs, inputs = matrix.weight.shape
+    return parts * up(outputs // parts, PANEL), inputs, matrix.weight.dtype
+
+
+def _floats_at(address: int, shape: tuple[int, int]) -> Tensor:
+    """The library's own memory as a tensor."""
+    memory = (ctypes.c_float * (shape[0] * shape[1])).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.float32).view(shape)
