@@ -14,6 +14,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh"]
 Norm = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "both"]
 QKNorm = Literal["none", "head", "projection"]
+Kernels = Literal["auto", "torch", "native"]
 RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -234,7 +235,9 @@ class EngineConfig:
     max_num_batched_tokens: the token budget of one step; a long prompt delays others by at most one such chunk.
     speculative_tokens: how many tokens to guess ahead (0: none), while at most `speculation_max_seqs` requests run.
     deterministic: fixed shapes in every product and sum, so that a request's tokens depend, to the last bit, neither on
-        its batch nor on chunks, preemption or prefix hits. It costs speed.
+        its batch nor on chunks, preemption or prefix hits. It costs speed, except with native kernels, which are so
+        anyway.
+    kernels: what computes a step: `native` (on the CPU, in bf16 or int8), `torch`, or whichever is faster and possible.
     """
 
     dtype: Dtype = "auto"
@@ -249,8 +252,10 @@ class EngineConfig:
     speculation_max_seqs: int = 8
     deterministic: bool = False
     num_threads: int | None = None
+    kernels: Kernels = "auto"
 
     def __post_init__(self) -> None:
+        _check_choice("kernels", self.kernels, Kernels)
         _check_choice("dtype", self.dtype, Dtype)
         _check_choice("device", self.device, Device)
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "speculation_max_seqs"):

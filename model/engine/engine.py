@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from model.cache.pool import KVPool
 from model.checkpoint import load_checkpoint
 from model.config import EngineConfig
 from model.decoder import Decoder
 from model.engine.batch import decodes_first, stage
+from model.engine.forward import choose_kernels
 from model.engine.memory import resolve_device, resolve_dtype, size_cache
 from model.engine.request import Request, TokenOutput
 from model.engine.runner import Runner
@@ -31,18 +31,17 @@ class Engine:
     """
 
     def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
-        """Raises `ConfigError` where the cache cannot hold what `config` asks for."""
+        """Takes the decoder over. Raises `ConfigError` where the machine cannot do what `config` asks for."""
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         weight = decoder.embedding
         self.config = config
         self.model_config = decoder.config
         self.device = weight.device
-        self.max_model_len, num_blocks = size_cache(decoder.config, config, weight.dtype, weight.device)
-        model = decoder.config
+        model, kernels = decoder.config, choose_kernels(decoder, config)
+        self.max_model_len, num_blocks = size_cache(model, config, kernels.cache_dtype(decoder), weight.device)
         self.scheduler = Scheduler(config, num_blocks, model.eos_token_ids, model.longest_sharing_prompt)
-        pool = KVPool(decoder.config, num_blocks, config.block_size, weight.dtype, weight.device)
-        self.runner = Runner(decoder, pool, deterministic=config.deterministic)
+        self.runner = Runner(kernels(decoder, config, num_blocks))
         self.num_failed_steps = 0
         self._measure_idle()
 

@@ -1,16 +1,12 @@
 """Computes a step: forward pass, then sampling. Never schedules."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.attention.deterministic import DeterministicAttention
-from model.attention.gathered import GatheredAttention
-from model.cache.pool import KVPool
-from model.decoder import Decoder
 from model.engine.batch import Batch
+from model.engine.forward import Forward, Forwarded
 from model.engine.request import Request
 from model.engine.scheduler import ScheduledStep
 from model.sampling.logprobs import token_logprobs
@@ -18,21 +14,13 @@ from model.sampling.result import NOTHING, Sampled
 from model.sampling.sampler import Sampler
 
 
-class Forwarded(NamedTuple):
-    """hidden: final states of the step's tokens, [num_tokens, hidden_size]; logits: [num_samples, vocab_size]."""
-
-    hidden: Tensor
-    logits: Tensor
-
-
 class Runner:
-    """A decoder, its cache, and the sampler's rows of those who run."""
+    """What computes a decoder's forward pass, and the sampler's rows of those who run."""
 
-    def __init__(self, decoder: Decoder, pool: KVPool, *, deterministic: bool = False) -> None:
-        self.decoder, self.pool = decoder, pool
-        self._attention = DeterministicAttention if deterministic else GatheredAttention
-        config = decoder.config
-        self.sampler = Sampler(config.vocab_size, config.eos_token_ids, pool.keys.device)
+    def __init__(self, compute: Forward) -> None:
+        self.compute = compute
+        config = compute.config
+        self.sampler = Sampler(config.vocab_size, config.eos_token_ids, compute.pool.keys.device)
 
     def forget(self, departed: Iterable[Request]) -> None:
         """Free the sampler's rows of requests that are not running any more."""
@@ -44,10 +32,7 @@ class Runner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Forwarded:
         """Run the decoder over the step's tokens."""
-        attention = self._attention(batch.plan, self.pool)
-        hidden = self.decoder(batch.token_ids, batch.positions, attention, batch.prompt_lens)
-        # The head is the widest product of all: only rows that sample go through it.
-        return Forwarded(hidden, self.decoder.logits(hidden[batch.sample_rows]))
+        return self.compute.forward(batch)
 
     @torch.inference_mode()
     def sample(self, batch: Batch, step: ScheduledStep, forwarded: Forwarded) -> Sampled:
@@ -76,6 +61,6 @@ class Runner:
                     rows = hidden[first + known - 1 - start : first + stop - 1 - start]
                     targets = torch.tensor(request.token_ids[known:stop], device=hidden.device)
                     count = request.params.prompt_logprobs or 0
-                    logits = self.decoder.logits(rows)
+                    logits = self.compute.logits(rows)
                     request.prompt_logprobs += token_logprobs(logits, targets, [count] * len(targets))
             first += num_tokens

@@ -169,7 +169,7 @@ def test_logits_that_are_no_numbers_end_their_request_and_spare_the_batch(engine
     for name, ids in (("a", prompt(9)), ("b", prompt(9, seed=1))):
         engine.add(Request(name, ids, seeded(1)))
     tokens = [token_id for o in engine.step() if o.request_id == "b" for token_id in o.token_ids]
-    logits = engine.runner.decoder.logits
+    logits = engine.runner.compute.decoder.logits
 
     def spoiled(hidden: torch.Tensor) -> torch.Tensor:
         out = logits(hidden)
@@ -177,7 +177,7 @@ def test_logits_that_are_no_numbers_end_their_request_and_spare_the_batch(engine
         return out
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.runner.decoder, "logits", spoiled)
+        patch.setattr(engine.runner.compute.decoder, "logits", spoiled)
         outputs = engine.step()
     assert [(o.request_id, o.finish_reason) for o in outputs] == [("a", "error"), ("b", None)]
     tokens += outputs[1].token_ids

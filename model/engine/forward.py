@@ -1,0 +1,110 @@
+"""What computes the forward pass of a step: torch, or the native CPU step. Chosen once, at the start."""
+
+import logging
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from model.attention.deterministic import DeterministicAttention
+from model.attention.gathered import GatheredAttention
+from model.cache.packed import PackedPool
+from model.cache.pool import KVPool
+from model.config import EngineConfig, ModelConfig
+from model.decoder import Decoder
+from model.engine.batch import Batch
+from model.errors import ConfigError
+from model.kernels.cpu.step import NativeStep, why_not
+
+logger = logging.getLogger(__name__)
+
+
+class Forwarded(NamedTuple):
+    """hidden: final states of the step's tokens, [num_tokens, hidden_size]; logits: [num_samples, vocab_size].
+
+    Both may lie in memory that the next step overwrites.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+
+
+class Forward(Protocol):
+    """A decoder with its cache."""
+
+    config: ModelConfig
+    pool: KVPool | PackedPool
+
+    def forward(self, batch: Batch) -> Forwarded:
+        """Compute the step's tokens, and the logits of the rows that sample."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [rows, hidden_size] -> [rows, vocab_size]."""
+        ...
+
+
+class TorchForward:
+    """The decoder itself, on any device and in any dtype."""
+
+    pool: KVPool | PackedPool
+
+    def __init__(self, decoder: Decoder, config: EngineConfig, num_blocks: int) -> None:
+        self.decoder, self.config = decoder, decoder.config
+        self.logits = decoder.logits
+        weight = decoder.embedding
+        self._pool = KVPool(decoder.config, num_blocks, config.block_size, weight.dtype, weight.device)
+        self.pool = self._pool
+        self._attention = DeterministicAttention if config.deterministic else GatheredAttention
+
+    @staticmethod
+    def cache_dtype(decoder: Decoder) -> torch.dtype:
+        """Of keys and values."""
+        return decoder.embedding.dtype
+
+    def forward(self, batch: Batch) -> Forwarded:
+        """See `Forward`."""
+        attention = self._attention(batch.plan, self._pool)
+        hidden = self.decoder(batch.token_ids, batch.positions, attention, batch.prompt_lens)
+        # The head is the widest product of all: only rows that sample go through it.
+        return Forwarded(hidden, self.decoder.logits(hidden[batch.sample_rows]))
+
+
+class NativeForward:
+    """The native CPU step, which has taken the decoder's weights."""
+
+    pool: KVPool | PackedPool
+
+    def __init__(self, decoder: Decoder, config: EngineConfig, num_blocks: int) -> None:
+        self.config = decoder.config
+        pool = PackedPool(decoder.config, num_blocks, config.block_size)
+        self.pool = pool
+        max_tokens, num_threads = config.max_num_batched_tokens, config.num_threads
+        self._step = NativeStep(decoder, pool, max_tokens=max_tokens, num_threads=num_threads)
+        self.logits = self._step.logits
+        # What torch has left to do is the sampling. Its own threads would spin for milliseconds after each piece of
+        # it, on the cores that the next step needs.
+        torch.set_num_threads(1)
+
+    @staticmethod
+    def cache_dtype(decoder: Decoder) -> torch.dtype:
+        """Of keys and values."""
+        return torch.bfloat16
+
+    def forward(self, batch: Batch) -> Forwarded:
+        """See `Forward`."""
+        return Forwarded(*self._step.forward(batch.token_ids, batch.positions, batch.plan, batch.sample_rows))
+
+
+def choose_kernels(decoder: Decoder, config: EngineConfig) -> type[TorchForward] | type[NativeForward]:
+    """By what was asked for and what is possible. Raises `ConfigError` for native kernels where there can be none."""
+    if config.kernels == "torch":
+        return TorchForward
+    reason = why_not(decoder, config)
+    if reason is None:
+        logger.info("kernels: native")
+        return NativeForward
+    if config.kernels == "native":
+        raise ConfigError(f"kernels 'native' cannot run this model here: {reason}; use 'auto' or 'torch'")
+    logger.info("kernels: torch, because %s", reason)
+    return TorchForward
