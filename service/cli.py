@@ -155,6 +155,14 @@ def evaluate(context: typer.Context, model: Model = str(EMBEDDED)) -> None:
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
+def compare_attention(context: typer.Context) -> None:
+    """Train a small decoder of each score function and compare them (needs the `train` extra)."""
+    from model.training import compare
+
+    compare.main(context.args)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Measure the engine, this machine, and other engines beside ours."""
     from model.bench.__main__ import main as run_bench

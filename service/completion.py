@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from model.errors import InvalidRequest
 from model.sampling.params import GrammarSpec, sibling_seed
@@ -227,7 +227,7 @@ class Completion:
         groups = [choices[start : start + count] for start in range(0, len(choices), count)]
         return [best for group in groups for best in sorted(group, key=lambda one: -one.mean_logprob)[:n]]
 
-    def usage(self) -> dict[str, object]:
+    def usage(self) -> dict[str, Any]:
         """OpenAI's `usage`, as of now. A prompt counts once, however many choices it has."""
         completion_tokens = sum(choice.num_tokens for choice in self._choices)
         return {

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from model.attention.dense import DenseCausalAttention
-from model.attention.scores import Scores
+from model.attention.scores import Scores, additive
+from model.config import ModelConfig
 from model.decoder import Decoder, DecoderLayer
 from model.layers import MLP
 
@@ -54,16 +55,20 @@ class GuidedAttention(DenseCausalAttention):
         """See `DenseCausalAttention`; the output is the same, bit for bit."""
         for (guided_layer, head), rows in self.targets.items():
             if guided_layer == scores.layer and len(rows):
-                self.losses.append(self._look(scores, q[:, head], k[:, head * k.shape[1] // q.shape[1]], rows))
+                self.losses.append(self._look(scores, head, q[:, head], k[:, head * k.shape[1] // q.shape[1]], rows))
         return super().__call__(scores, q, k, v)
 
-    def _look(self, scores: Scores, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
+    def _look(self, scores: Scores, head: int, q: Tensor, k: Tensor, rows: Tensor) -> Tensor:
         """q, k: [batch * length, head_dim] of one head. Mean of -log(attention weight on the targets)."""
-        assert scores.is_plain, "only dot products are guided"
+        assert scores.soft_cap is None, "capped scores are not guided"
         with torch.autocast(q.device.type, enabled=False):
             q, k = (x.float().unflatten(0, (self.batch, self.length)) for x in (q, k))
             sequence, source, targets = rows[:, 0], rows[:, 1], rows[:, 2:]
-            odds = torch.bmm(q, k.transpose(1, 2))[sequence, source] * scores.scale
+            if scores.energy is None:
+                odds = torch.bmm(q, k.transpose(1, 2))[sequence, source] * scores.scale
+            else:  # one query a row: all pairs of the head would be head_dim numbers each
+                looking, keys = q[sequence, source][:, None, None], k[sequence][:, None]
+                odds = additive(looking, keys, scores.energy[head : head + 1])[:, 0, 0] * scores.scale
             future = torch.arange(self.length, device=q.device) > source[:, None]
             weights = odds.masked_fill(future, float("-inf")).log_softmax(-1)
             looked = weights.gather(1, targets.clamp(min=0)).masked_fill(targets == NOWHERE, float("-inf"))
@@ -76,14 +81,14 @@ class GuidedAttention(DenseCausalAttention):
 
 
 @torch.no_grad()
-def favour_matching(decoder: Decoder, generator: torch.Generator) -> None:
-    """Turn fresh weights into a start that favours lookups (compare Trockman and Kolter 2023, mimetic initialization).
+def favour_copying(decoder: Decoder, generator: torch.Generator) -> None:
+    """Turn fresh weights into a start that copies what attention finds (compare Trockman and Kolter 2023).
 
-    In each key/value group, keys start as the first query head's copy, so a token attends to its equals; that head's
-    output starts as the transpose of the values, so what it attends to is copied. Values are the same in all layers: a
-    name that one layer has copied, the next can copy on, and the tied head can read. What else is written into the
-    residual stream starts small, or it would drown the words. All embeddings share one random vector, so that a copied
-    key also prefers near tokens: equal vectors turn apart as rotary positions part.
+    The output of each key/value group's first query head starts as the transpose of the values, so what it attends to
+    is copied. Values are the same in all layers: a name that one layer has copied, the next can copy on, and the tied
+    head can read. What else is written into the residual stream starts small, or it would drown the words. All
+    embeddings share one random vector, by which keys that match queries prefer near tokens: equal vectors turn apart as
+    rotary positions part. Nothing here depends on the score function.
     """
     config = decoder.config
     std = config.hidden_size**-0.5
@@ -96,11 +101,30 @@ def favour_matching(decoder: Decoder, generator: torch.Generator) -> None:
         assert isinstance(layer.mlp, MLP)
         layer.mlp.down.weight.mul_(0.25)
         layer.output.weight.mul_(0.25)
-        q, k, v = layer.qkv.weight.split((queries, keys, keys))
+        _, _, v = layer.qkv.weight.split((queries, keys, keys))
         v.copy_(copied)
-        for group in range(config.num_kv_heads):
-            first = group * config.group_size * config.head_dim
-            head = slice(first, first + config.head_dim)
-            shared = slice(group * config.head_dim, (group + 1) * config.head_dim)
-            k[shared] = q[head]
+        for head, shared in _first_heads(config):
             layer.output.weight[:, head] = 0.25 * v[shared].T
+
+
+@torch.no_grad()
+def favour_matching(decoder: Decoder, generator: torch.Generator) -> None:
+    """`favour_copying`, and keys that start as copies of their group's first query head: a token attends to its equals.
+
+    For dot products: an additive score of equal vectors is no larger than another.
+    """
+    favour_copying(decoder, generator)
+    config = decoder.config
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    for layer in decoder.layers:
+        assert isinstance(layer, DecoderLayer)
+        q, k, _ = layer.qkv.weight.split((queries, keys, keys))
+        for head, shared in _first_heads(config):
+            k[shared] = q[head]
+
+
+def _first_heads(config: ModelConfig) -> list[tuple[slice, slice]]:
+    """For each key/value group: the rows of its first query head, and its own rows of keys or values."""
+    dim = config.head_dim
+    starts = [(group * config.group_size * dim, group * dim) for group in range(config.num_kv_heads)]
+    return [(slice(query, query + dim), slice(key, key + dim)) for query, key in starts]

@@ -8,7 +8,7 @@ everything that the next step depends on, so the weights come out the same, bit 
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +28,7 @@ from model.training.curriculum import CURRICULUM, Stage, storyteller_config
 from model.training.curve import Point, write_curve
 from model.training.documents import BOS, EOS
 from model.training.export import export
-from model.training.guidance import GuidedAttention, favour_matching
+from model.training.guidance import GuidedAttention, Head, favour_matching
 from model.training.vocabulary import train_tokenizer
 
 STATE = "state.pt"
@@ -41,6 +41,8 @@ class TrainConfig:
 
     hold: the first steps, warm-up included, before the rate falls, as a cosine, from its peak to 1 % of it.
     guidance: the weight of the attention loss beside the token loss; it falls with the rate.
+    guided: where a smaller model has the heads that `guidance` names; those left out are not guided. None: all, there.
+    start: gives a fresh decoder its weights.
     """
 
     out: Path
@@ -59,11 +61,19 @@ class TrainConfig:
     resume: bool = False
     model: ModelConfig | None = None  # the storyteller's own shape, unless a test wants a smaller one
     curriculum: tuple[Stage, ...] = CURRICULUM
+    guided: Mapping[Head, Head] | None = None
+    start: Callable[[Decoder, torch.Generator], None] = favour_matching
 
     def recipe(self) -> dict[str, object]:
         """What decides the weights: everything but where and how fast it runs."""
-        place = {"out", "device", "threads", "save_every", "resume", "model", "curriculum"}
+        place = {"out", "device", "threads", "save_every", "resume", "model", "curriculum", "guided", "start"}
         return {name: value for name, value in asdict(self).items() if name not in place}
+
+    def move(self, targets: dict[Head, Tensor]) -> dict[Head, Tensor]:
+        """The targets of the guided heads, where this model has them."""
+        if self.guided is None:
+            return targets
+        return {self.guided[head]: rows for head, rows in targets.items() if head in self.guided}
 
 
 @dataclass
@@ -89,7 +99,7 @@ class Trainer:
         vocabulary = tokenizer.get_vocab()
         shape = config.model or storyteller_config(len(vocabulary), vocabulary[BOS], vocabulary[EOS])
         decoder = Decoder(shape)
-        favour_matching(decoder, torch.Generator().manual_seed(config.seed))
+        config.start(decoder, torch.Generator().manual_seed(config.seed))
         self.decoder = decoder.to(self.device)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.decoder, config.weight_decay), betas=(0.9, 0.95))
         self.stream = BatchStream(tokenizer, config.seed, config.tokens_per_batch)
@@ -134,7 +144,7 @@ class Trainer:
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor, float]:
         """The guidance loss, the weighted token loss, and the share of recalled words that were ranked first."""
         rows, length = batch.token_ids.shape
-        attention = GuidedAttention(rows, length, batch.targets)
+        attention = GuidedAttention(rows, length, self.config.move(batch.targets))
         positions = torch.arange(length, device=self.device).repeat(rows)
         with torch.autocast(self.device.type, torch.bfloat16):
             hidden = self.decoder(batch.token_ids.flatten(), positions, attention)
@@ -221,8 +231,10 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def train(config: TrainConfig, console: Console | None = None) -> Path:
+def train(config: TrainConfig, console: Console | None = None, tokenizer: Tokenizer | None = None) -> Path:
     """Run to the end (or from where it was stopped), and export the model. Returns the model's directory.
+
+    tokenizer: one that was trained before; None: the run's own.
 
     Raises `ConfigError` without matplotlib, or for a device that is not there.
     """
@@ -232,7 +244,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Path:
     if config.threads:
         torch.set_num_threads(config.threads)
     config.out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, tokenizer_of(config))
+    trainer = Trainer(config, tokenizer or tokenizer_of(config))
     if config.resume:
         trainer.load()
     size = sum(parameter.numel() for parameter in trainer.decoder.parameters())

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,7 +13,7 @@ from model.text.chat_template import ChatTemplate
 from service.api import body as request_body
 from service.api.connection import while_connected
 from service.api.logprobs import chat_logprobs
-from service.api.schemas.chat import ChatRequest
+from service.api.schemas.chat import ChatRequest, Message
 from service.api.sse import ChunkWriter, EventStream, event
 from service.api.tools import CallDelta, ToolPlan, ToolReader, plan_tools, read_whole
 from service.call import Call, call_of
@@ -46,11 +46,9 @@ async def _answer(service: Service, call: Call, body: ChatRequest) -> Response:
 
 async def start(service: Service, call: Call, body: ChatRequest) -> tuple[Completion, ToolPlan | None]:
     """Render the chat and have its answer begun. Raises `InvalidRequest` and `ServiceError`."""
-    template = service.chat_template
-    if template is None:
-        raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+    template = template_of(service)
     plan = plan_tools(body, template, service.tokenizer)
-    prompt = await render(service, template, body, plan)
+    prompt = await render(service, template, body.messages, plan)
     grammar = body.grammar if plan is None else plan.grammar
     try:
         return await Completion.start(service, call, [prompt], body, body.token_limit, grammar), plan
@@ -62,14 +60,27 @@ async def start(service: Service, call: Call, body: ChatRequest) -> tuple[Comple
         raise
 
 
+def template_of(service: Service) -> ChatTemplate:
+    """The model's chat template. Raises `InvalidRequest` where it has none."""
+    if service.chat_template is None:
+        raise InvalidRequest("this model has no chat template; use /v1/completions", param="messages")
+    return service.chat_template
+
+
 async def render(
-    service: Service, template: ChatTemplate, body: ChatRequest, plan: ToolPlan | None = None
+    service: Service,
+    template: ChatTemplate,
+    chat: Sequence[Message],
+    plan: ToolPlan | None = None,
+    *,
+    add_generation_prompt: bool = True,
 ) -> list[int]:
     """The token ids of a chat. Raises `InvalidRequest` for what the template refuses, or would leave out."""
-    messages = [message.for_template() for message in body.messages]
+    messages = [message.for_template() for message in chat]
     if "tool_calls" not in template.source and any("tool_calls" in message for message in messages):
         raise InvalidRequest("this model's chat template knows no tool calls", param="messages")
-    text = template.render(messages, tools=None if plan is None else plan.described)
+    tools = None if plan is None else plan.described
+    text = template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
     # The template writes the special tokens itself.
     (prompt,) = await encode(service, [text], add_special_tokens=False)
     return prompt

@@ -9,17 +9,25 @@ from starlette.middleware.cors import CORSMiddleware
 
 from service import __version__
 from service.access_log import AccessLog
-from service.api import chat, completions, errors, operations
+from service.api import chat, completions, errors, operations, responses, tokens
 from service.api.envelope import REQUEST_ID, Envelope
 from service.api.gate import DEADLINE_HEADER, Gate
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.completions import CompletionRequest
+from service.api.schemas.responses import ResponseRequest
+from service.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from service.completion import Service
 from service.door import Door
 from service.keys import KeyRing
 
 SCHEMA_REF = "#/components/schemas/{model}"
-BODIES: dict[str, type[BaseModel]] = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
+BODIES: dict[str, type[BaseModel]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/v1/responses": ResponseRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
 
 
 def create_api(service: Service, door: Door) -> FastAPI:
@@ -30,7 +38,7 @@ def create_api(service: Service, door: Door) -> FastAPI:
     keys = KeyRing(Path(door.api_keys_file)) if door.api_keys_file else None
     api = FastAPI(title="Attendant", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     api.state.service = service
-    for part in (completions, chat, operations):
+    for part in (completions, chat, responses, tokens, operations):
         api.include_router(part.router)
     errors.install(api)
     # The last one added is the outermost. A browser asks its question of CORS without a key.

@@ -56,10 +56,12 @@ class EventStream(StreamingResponse):
         *,
         first: bytes = b"",
         last: Callable[[], Awaitable[bytes]],
+        failed: Callable[[Exception], bytes] = lambda error: event(describe(error)[1]),
     ) -> None:
         self._completion = completion
         self._metrics = metrics
         self._ended = False
+        self._failed = failed
         super().__init__(self._events(write, first, last), media_type="text/event-stream", headers=HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,6 +94,6 @@ class EventStream(StreamingResponse):
             ending = await last() + DONE
         except Exception as error:
             logger.exception("a stream broke off")
-            ending = event(describe(error)[1]) + DONE
+            ending = self._failed(error) + DONE
         self._ended = True
         yield ending

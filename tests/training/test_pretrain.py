@@ -190,3 +190,22 @@ def test_batches_come_near_their_size(vocabulary: Tokenizer) -> None:
     stream = BatchStream(vocabulary, 0, 4096)
     sizes = [stream.batch(step, {"plain": 1.0}).num_tokens for step in range(8)]
     assert 3000 < min(sizes) <= max(sizes) < 5200
+
+
+def test_an_additive_head_is_guided_by_its_own_scores() -> None:
+    scores = Scores(replace(TINY, num_heads=4, num_kv_heads=2, head_dim=8, attention="additive"), 0)
+    scores.init_weights(torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2 * 6, heads, 8, generator=generator) for heads in (4, 2, 2))
+    guided = GuidedAttention(2, 6, {(0, 2): torch.tensor([[1, 4, 3]])})
+    assert torch.equal(guided(scores, q, k, v), DenseCausalAttention(2, 6)(scores, q, k, v))
+    assert scores.energy is not None
+    energies = torch.tanh(q[6 + 4, 2] + k[6 : 6 + 5, 1]) @ scores.energy[2]
+    torch.testing.assert_close(guided.loss(), -energies.softmax(0)[3].log())
+
+
+def test_a_smaller_model_has_its_guided_heads_elsewhere(config: TrainConfig) -> None:
+    rows = torch.tensor([[0, 1, 0]])
+    smaller = replace(config, guided={BINDING: (0, 1)})
+    assert config.move({BINDING: rows, LENGTH: rows}) == {BINDING: rows, LENGTH: rows}
+    assert smaller.move({BINDING: rows, LENGTH: rows}) == {(0, 1): rows}

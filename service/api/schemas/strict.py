@@ -90,5 +90,6 @@ def _path(fault: ErrorDetails, body: Mapping[str, Any]) -> list[int | str]:
     if fault["type"] == "missing":
         path.append(fault["loc"][-1])
     elif fault["type"].startswith("union_tag"):  # a message of no known role, a part of no known type
-        path.append(fault["ctx"]["discriminator"].strip("'"))
+        name = fault["ctx"]["discriminator"].strip("'")
+        path.append("type" if name.endswith("()") else name)  # a function's name: what it reads is the type
     return path or [fault["loc"][0]]
