@@ -35,6 +35,8 @@ class Ingress:
     def __del__(self) -> None:
         """Serve calls this when every request has been answered, before it stops the process."""
         self._service.dispatcher.close()
+        if self._service.chat_template is not None:
+            self._service.chat_template.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once the constructor is through."""

@@ -1,33 +1,30 @@
-"""A chat as the text that the model was trained on: the checkpoint's own Jinja template, in a sandbox."""
+"""A chat as the text that the model was trained on: the checkpoint's own Jinja template, in a process of its own."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
-
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any
 
 from model.errors import CheckpointError, InvalidRequest
+from model.text.render import MEMORY_BYTES, RENDER_SECONDS
 
 
 class ChatTemplate:
-    """The template of a checkpoint and the special tokens that it may name.
+    """The template of a checkpoint and the special tokens that it may name. Any thread may use it.
 
     source: as the checkpoint has it.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-        self._template = environment.from_string(source)
-        self._special_tokens = dict(special_tokens)
         self.source = source
+        self._special_tokens = dict(special_tokens)
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
 
     @classmethod
     def from_directory(cls, directory: Path) -> "ChatTemplate | None":
@@ -41,11 +38,20 @@ class ChatTemplate:
             if config_file.exists():
                 config = json.loads(config_file.read_text(encoding="utf-8"))
             source = template_file.read_text(encoding="utf-8") if template_file.exists() else _default_of(config)
-            if source is None:
-                return None
-            return cls(source, _special_tokens(config))
-        except (OSError, ValueError, TemplateError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{directory}: the chat template cannot be used: {error}") from error
+        if source is None:
+            return None
+        template = cls(source, _special_tokens(config))
+        if reason := template.check():
+            template.close()
+            raise CheckpointError(f"{directory}: the chat template cannot be used: {reason}")
+        return template
+
+    def check(self) -> str:
+        """Why the template does not compile; empty if it does."""
+        with self._lock:
+            return self._start()
 
     def render(
         self,
@@ -54,24 +60,68 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt of a chat, with `tools` for the assistant to know of in OpenAI's form.
+        """The prompt of a chat, with `tools` for the assistant to know of in OpenAI's form. It waits for the process.
 
-        Raises `InvalidRequest` where the template refuses the messages.
+        Raises `InvalidRequest` where the template refuses the messages, fails on them or takes too long over them.
         """
-        try:
-            return self._template.render(
-                messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **self._special_tokens
-            )
-        except InvalidRequest:
-            raise
-        except Exception as error:  # a template is a program of the checkpoint's: it may fail in any way
+        chat = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        with self._lock:
+            reason = self._start() if self._process is None else ""
+            answer = {"failed": reason} if reason else self._ask(json.dumps(chat))
+        if "refused" in answer:
             raise InvalidRequest(
-                f"the model's chat template cannot render these messages: {error}", param="messages"
-            ) from error
+                f"the model's chat template refuses these messages: {answer['refused']}", param="messages"
+            )
+        if "failed" in answer:
+            raise InvalidRequest(
+                f"the model's chat template cannot render these messages: {answer['failed']}", param="messages"
+            )
+        return answer["text"]
 
+    def close(self) -> None:
+        """End the process. The next chat starts another."""
+        with self._lock:
+            self._end()
 
-def _refuse(message: str) -> NoReturn:
-    raise InvalidRequest(f"the model's chat template refuses these messages: {message}", param="messages")
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _start(self) -> str:
+        # It sees what this process can import, and not the directory that happens to be the current one.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "model.text.render"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            text=True,
+        )
+        reason = self._ask(json.dumps([self.source, self._special_tokens])).get("failed", "")
+        if reason:
+            self._end()
+        return reason
+
+    def _ask(self, line: str) -> dict[str, str]:
+        """The process's answer. If it dies instead, the reason; the next one to ask starts another."""
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            if text := process.stdout.readline():
+                answer: dict[str, str] = json.loads(text)
+                return answer
+        except BrokenPipeError:
+            pass
+        self._process = None
+        process.stdout.close()
+        if process.wait() == -signal.SIGPROF:
+            return {"failed": f"it takes over {RENDER_SECONDS:g} s"}
+        return {"failed": f"its process died; it may take {MEMORY_BYTES >> 20} MiB and {RENDER_SECONDS:g} s"}
 
 
 def _default_of(config: Mapping[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """`POST /v1/chat/completions`: messages in, the assistant's next one out."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,7 +81,11 @@ async def render(
     if "tool_calls" not in template.source and any("tool_calls" in message for message in messages):
         raise InvalidRequest("this model's chat template knows no tool calls", param="messages")
     tools = None if plan is None else plan.described
-    text = template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+
+    def work() -> str:
+        return template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+
+    text = await asyncio.to_thread(work)  # it waits for a process
     # The template writes the special tokens itself.
     (prompt,) = await encode(service, [text], add_special_tokens=False)
     return prompt
