@@ -15,7 +15,7 @@ PEERS_JOBS ?= 1
 LLAMA_CPP  := 0.3.36
 
 .DELETE_ON_ERROR:
-.PHONY: serve test check coverage loadtest train evaluate peers lock clean
+.PHONY: serve test check coverage loadtest train compatibility evaluate peers lock clean
 
 serve: $(VENV)/.serve
 	@exec $(BIN)/attendant serve --model "$(MODEL)" --port $(PORT) --replicas $(REPLICAS) $(ARGS)
@@ -37,6 +37,9 @@ loadtest: $(VENV)/.load
 
 train: $(VENV)/.train
 	$(BIN)/attendant train --out runs/storyteller $(ARGS)
+
+compatibility: $(VENV)/.test
+	$(BIN)/python -m tests.service.compatibility
 
 evaluate: $(VENV)/.serve
 	$(BIN)/attendant evaluate --model "$(MODEL)" $(ARGS)

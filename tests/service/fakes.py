@@ -104,6 +104,7 @@ class LocalFleet:
         self.ping = Method(replica.ping)
         self.describe = Method(replica.describe)
         self.channel = Stream(replica.channel)
+        self.receipt = Method(replica.receipt)
 
     def options(self, stream: bool) -> "LocalFleet":
         return self

@@ -396,5 +396,12 @@ async def test_a_deadline_ends_a_request(live: httpx.AsyncClient, endpoint: str)
     assert answer.status_code == 408
 
 
+@pytest.mark.honours("completions.receipt", "chat.receipt")
+async def test_a_receipt_comes_when_asked_for(live: httpx.AsyncClient, endpoint: str) -> None:
+    receipt = (await post(live, endpoint, receipt=True))["receipt"]
+    assert len(receipt["weights_sha256"]) == 64
+    assert "receipt" not in await post(live, endpoint)
+
+
 def test_a_log_probability_of_nothing_is_openais_least() -> None:
     assert _finite(-math.inf) == -9999.0
