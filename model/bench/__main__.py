@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Sequence
 
-from model.bench import engine, prefix, roofline, steps
+from model.bench import engine, peers, prefix, roofline, steps
 
-COMMANDS = {"engine": engine, "steps": steps, "prefix": prefix, "roofline": roofline}
+COMMANDS = {"engine": engine, "steps": steps, "prefix": prefix, "roofline": roofline, "peers": peers}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

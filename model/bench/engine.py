@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print a table of tokens a second, and write it as JSON where asked."""
+    report.warn_if_busy()
     directory = shapes.directory_of(args)
     if args.threads:
         torch.set_num_threads(args.threads)

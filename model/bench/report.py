@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+QUIET = 0.5  # processes that run, on the average of the last minute
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The option that keeps the numbers."""
@@ -20,6 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def print_row(*cells: object) -> None:
     """One line of a table."""
     print("".join(f"{cell:>11}" for cell in cells), flush=True)
+
+
+def warn_if_busy() -> None:
+    """Say so where something else runs: threads that wait for each other by spinning then lose most of their time."""
+    load = os.getloadavg()[0]
+    if load > QUIET:
+        print(f"this machine is not quiet (load average {load:.1f}): the numbers below are worth little\n", flush=True)
 
 
 def write(args: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -43,4 +52,5 @@ def machine() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
     }

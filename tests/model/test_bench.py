@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,9 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.bench import __main__ as command
-from model.bench import roofline, shapes
+from model.bench import ratios, roofline, shapes
+from model.bench.contenders import Contender
 from model.bench.engine import measure_round
 from model.bench.rounds import Answer, Ask
+from model.bench.workers.llama_cpp import read_answer
 from model.checkpoint import inspect_checkpoint
 from model.config import EngineConfig, ModelConfig
 from model.engine.engine import Engine
@@ -20,6 +23,12 @@ SMOLLM2 = ModelConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
     head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True,
 )  # fmt: skip
+ENGINES = (
+    Contender("attendant int8", "attendant", "int8"),
+    Contender("attendant bf16", "attendant", "bf16"),
+    Contender("quick int8", "quick", "int8"),
+    Contender("slow bf16", "slow", "bf16"),
+)
 LINEAR = 134_479_872  # the published 134,515,008 parameters less 61 norms of 576
 
 
@@ -152,3 +161,49 @@ def test_the_older_benchmarks_take_the_same_options_as_ever(name: str, tiny: Pat
 def test_a_model_with_weights_is_not_called_random(tiny: Path):
     with pytest.raises(SystemExit, match="weights of its own"):
         command.main(["prefix", "--model", str(tiny), "--random-weights"])
+
+
+def test_the_result_of_llama_cpp_is_found_among_what_it_prints():
+    row = {"pp": 64, "tg": 63, "pl": 8, "t_pp": 0.5, "t_tg": 2.0, "t": 2.5}
+    assert read_answer(f"loading\n\n{json.dumps(row)}\n") == Answer(2.5, 0.5, 2.0, 504)
+    with pytest.raises(ValueError, match="no result"):
+        read_answer("loading\n")
+
+
+def test_a_ratio_is_the_median_of_ratios_within_rounds():
+    # The machine was twice as slow in the second round, for both.
+    assert ratios.ratio([100.0, 50.0, 90.0], [50.0, 25.0, 30.0]) == 2.0
+    assert ratios.ratio([100.0, math.nan, 90.0], [50.0, 25.0, 30.0]) == 2.5
+    assert math.isnan(ratios.ratio([math.nan], [1.0]))
+
+
+def test_the_median_leaves_out_rounds_that_failed():
+    assert ratios.median([3.0, math.nan, 1.0]) == 2.0
+    assert math.isnan(ratios.median([math.nan]))
+
+
+def test_the_best_peer_is_the_one_with_the_highest_median_and_never_ours():
+    rates = {"attendant int8": [100.0], "attendant bf16": [80.0], "quick int8": [50.0], "slow bf16": [40.0]}
+    any_kind, over_transformers, over_bf16 = ratios.COMPARISONS
+    assert ratios.compare(any_kind, rates, ENGINES) == (2.0, "quick int8")
+    assert ratios.compare(over_bf16, rates, ENGINES) == (2.0, "slow bf16")
+    assert ratios.compare(over_transformers, rates, ENGINES) is None
+    assert ratios.compare(any_kind, {"quick int8": [50.0]}, ENGINES) is None
+
+
+def test_the_table_names_who_is_not_installed_and_shows_the_part_of_the_roofline():
+    rates = {"attendant int8": [1200.0, 1000.0, 1100.0], "quick int8": [500.0, 550.0, math.nan]}
+    rates |= {"attendant bf16": [math.nan] * 3}
+    ceilings = {"batch 1": {"int8": 2000.0, "bf16": 1000.0}}
+    drawn = ratios.table("decode", {"batch 1": rates}, ceilings, ENGINES, {"slow bf16": "not installed: slow"})
+    assert drawn.splitlines() == [
+        "| decode | batch 1 |",
+        "|---|---|",
+        "| attendant int8 | 1,100 (55%) |",
+        "| attendant bf16 | failed |",
+        "| quick int8 | 525 (26%) |",
+        "| slow bf16 | not installed: slow |",
+        "| attendant int8 over the best peer of any kind | **2.11** (quick int8) |",
+        "| attendant int8 over transformers bf16 | - |",
+        "| attendant bf16 over the best bf16 peer | - |",
+    ]
