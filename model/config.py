@@ -14,7 +14,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh"]
 Norm = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "both"]
 QKNorm = Literal["none", "head", "projection"]
-Kernels = Literal["auto", "torch", "native"]
+Kernels = Literal["auto", "torch", "native", "triton"]
 RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -237,7 +237,8 @@ class EngineConfig:
     deterministic: fixed shapes in every product and sum, so that a request's tokens depend, to the last bit, neither on
         its batch nor on chunks, preemption or prefix hits. It costs speed, except with native kernels, which are so
         anyway.
-    kernels: what computes a step: `native` (on the CPU, in bf16 or int8), `torch`, or whichever is faster and possible.
+    kernels: what computes a step: `native` (on the CPU, in bf16 or int8), `triton` (on a GPU), `torch`, or whichever is
+        faster and possible.
     """
 
     dtype: Dtype = "auto"

@@ -75,7 +75,7 @@ class Decoder(nn.Module):
         self.rotaries = nn.ModuleList(Rotary(r, config.head_dim, config.max_position_embeddings) for r in distinct)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
         # For each layer which of the rotaries turns its heads; the last place stands for none.
-        self._rotary_of = [len(distinct) if rope is None else distinct.index(rope) for rope in ropes]
+        self.rotary_of = [len(distinct) if rope is None else distinct.index(rope) for rope in ropes]
         self.norm = norm(config)
         self.head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
@@ -89,17 +89,25 @@ class Decoder(nn.Module):
         prompt_lens: [num_tokens], how long the prompt is that each token belongs to (see `Rotary.forward`); left out,
         each token is taken for generated.
         """
+        x = self.embed(token_ids, positions)
+        ropes = self.ropes(positions, positions + 1 if prompt_lens is None else prompt_lens, x.dtype)
+        for layer, rotary in zip(self.layers, self.rotary_of, strict=True):
+            x = layer(x, ropes[rotary], attend)
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        """What enters the first layer, [num_tokens, hidden_size]."""
         x = F.embedding(token_ids, self.embedding)
         if self.config.embedding_scale != 1.0:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
         if self.position_embedding is not None:
             x = x + F.embedding(positions, self.position_embedding)
-        lens = positions + 1 if prompt_lens is None else prompt_lens
-        ropes: list[Rope] = [*(rotary(positions, lens, x.dtype) for rotary in self.rotaries), None]
-        for layer, rotary in zip(self.layers, self._rotary_of, strict=True):
-            x = layer(x, ropes[rotary], attend)
-        hidden: Tensor = self.norm(x)
-        return hidden
+        return x
+
+    def ropes(self, positions: Tensor, prompt_lens: Tensor, dtype: torch.dtype) -> list[Rope]:
+        """The step's cosines and sines by each of the rotaries, and None for the layers that have none."""
+        return [*(rotary(positions, prompt_lens, dtype) for rotary in self.rotaries), None]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [rows, hidden_size] -> [rows, vocab_size]. Apart from `forward`: only some rows need it."""

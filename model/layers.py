@@ -111,6 +111,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
         super().__init__()
         self.gated = config.gated_mlp
+        self.activation_name = config.activation
         self.activation = ACTIVATIONS[config.activation]
         self.gate_up = Linear(config.hidden_size, (1 + self.gated) * intermediate_size, bias=config.mlp_bias)
         self.down = Linear(intermediate_size, config.hidden_size, bias=config.mlp_bias)

@@ -24,6 +24,7 @@ ORDER = (
     "model.decoder",
     "model.checkpoint",
     "model.kernels.cpu",
+    "model.kernels.gpu",
     "model.sampling",
     "model.text",
     "model.engine",

@@ -102,23 +102,23 @@ def decode_attention(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
+    out: Tensor,
     tables: Tensor,
     lens: Tensor,
     *,
     block_size: int,
     longest: int,
-) -> Tensor:
-    """Causal attention of one new token for each sequence over its cached keys and values, its own included.
+) -> None:
+    """Causal attention of one new token for each sequence over its cached keys and values, its own included, to `out`.
 
     q: [num_seqs, num_heads, head_dim], of any strides but in its last dimension; keys, values: [num_slots,
-    num_kv_heads, head_dim]; tables: [num_seqs, max_blocks]; lens: [num_seqs], at most `longest`. Returns q's shape and
-    dtype, contiguous. What lies in a cache past a sequence's length is never read into the result, whatever it is.
+    num_kv_heads, head_dim]; out: q's shape, contiguous; tables: [num_seqs, max_blocks]; lens: [num_seqs], at most
+    `longest`. What lies in a cache past a sequence's length is never read into the result, whatever it is.
     """
     num_seqs, num_heads, dim = q.shape
     num_kv_heads = keys.shape[1]
     num_splits = triton.cdiv(longest, SPLIT)
     num_programs = min(num_splits, max(1, PROGRAMS // (num_seqs * num_kv_heads)))
-    out = torch.empty((num_seqs, num_heads, dim), dtype=q.dtype, device=q.device)
     partial = torch.empty((num_seqs, num_heads, num_splits, dim), dtype=torch.float32, device=q.device)
     logs = torch.empty((num_seqs, num_heads, num_splits), dtype=torch.float32, device=q.device)
     group = num_heads // num_kv_heads
@@ -135,4 +135,3 @@ def decode_attention(
         partial, logs, lens, out if scores.sinks is None else scores.sinks, out, num_splits,
         DIM=dim, WIDE_DIM=padded(dim), SPLIT=SPLIT, HAS_SINKS=scores.sinks is not None,
     )  # fmt: skip
-    return out

@@ -1,6 +1,7 @@
-"""What computes the forward pass of a step: torch, or the native CPU step. Chosen once, at the start."""
+"""What computes the forward pass of a step: torch, the native CPU step, or Triton's kernels. Chosen at the start."""
 
 import logging
+import os
 from typing import NamedTuple, Protocol
 
 import torch
@@ -96,15 +97,60 @@ class NativeForward:
         return Forwarded(*self._step.forward(batch.token_ids, batch.positions, batch.plan, batch.sample_rows))
 
 
-def choose_kernels(decoder: Decoder, config: EngineConfig) -> type[TorchForward] | type[NativeForward]:
-    """By what was asked for and what is possible. Raises `ConfigError` for native kernels where there can be none."""
+class TritonForward:
+    """The decoder's products, with our Triton kernels between them."""
+
+    pool: KVPool | PackedPool
+
+    def __init__(self, decoder: Decoder, config: EngineConfig, num_blocks: int) -> None:
+        from model.kernels.gpu.step import FusedStep  # there is no Triton where there is no GPU
+
+        self.config, self.logits = decoder.config, decoder.logits
+        weight = decoder.embedding
+        pool = KVPool(decoder.config, num_blocks, config.block_size, weight.dtype, weight.device)
+        self.pool = pool
+        self._step = FusedStep(decoder, pool)
+
+    @staticmethod
+    def cache_dtype(decoder: Decoder) -> torch.dtype:
+        """Of keys and values."""
+        return decoder.embedding.dtype
+
+    @staticmethod
+    def why_not(decoder: Decoder, config: EngineConfig) -> str | None:
+        """Why this decoder cannot run so; None if it can."""
+        device = decoder.embedding.device.type
+        if device != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+            return f"the device is {device}"
+        if config.deterministic:
+            return "deterministic sums are torch's"
+        from model.kernels.gpu.step import why_not
+
+        return why_not(decoder)
+
+    def forward(self, batch: Batch) -> Forwarded:
+        """See `Forward`."""
+        hidden = self._step.forward(batch.token_ids, batch.positions, batch.prompt_lens, batch.plan)
+        return Forwarded(hidden, self.logits(hidden[batch.sample_rows]))
+
+
+def choose_kernels(
+    decoder: Decoder, config: EngineConfig
+) -> type[TorchForward] | type[NativeForward] | type[TritonForward]:
+    """By what was asked for and what is possible. Raises `ConfigError` for kernels that cannot run this model here."""
+    on_gpu = decoder.embedding.device.type == "cuda"
     if config.kernels == "torch":
         return TorchForward
-    reason = why_not(decoder, config)
+    wanted = ("triton" if on_gpu else "native") if config.kernels == "auto" else config.kernels
+    kind, reason = (
+        (TritonForward, TritonForward.why_not(decoder, config))
+        if wanted == "triton"
+        else (NativeForward, why_not(decoder, config))
+    )
     if reason is None:
-        logger.info("kernels: native")
-        return NativeForward
-    if config.kernels == "native":
-        raise ConfigError(f"kernels 'native' cannot run this model here: {reason}; use 'auto' or 'torch'")
+        logger.info("kernels: %s", wanted)
+        return kind
+    if config.kernels != "auto":
+        raise ConfigError(f"kernels {wanted!r} cannot run this model here: {reason}; use 'auto' or 'torch'")
     logger.info("kernels: torch, because %s", reason)
     return TorchForward

@@ -1,0 +1,86 @@
+"""A decoder's forward pass with what lies between its products fused: norm and residual, rope and store, the gate.
+
+A layer is ten launches instead of some thirty. The weights stay the decoder's own.
+"""
+
+from torch import Tensor, nn
+
+from model.attention.paged import PagedStep
+from model.attention.plan import AttentionPlan
+from model.cache.pool import KVPool
+from model.decoder import Decoder, DecoderLayer, Rope
+from model.kernels.activation import gated
+from model.kernels.norm import add_rms_norm
+from model.kernels.rope import rope_and_store
+from model.layers import MLP, RMSNorm
+
+
+def why_not(decoder: Decoder) -> str | None:
+    """Why this decoder's forward pass cannot be fused; None if it can."""
+    config = decoder.config
+    if config.norm != "rms":
+        return f"its norm is {config.norm!r}"
+    if config.qk_norm == "projection":
+        return "it norms whole queries and keys"
+    if config.attention == "additive":
+        return "its scores are additive"
+    if any(layer.scores.query_projection is not None for layer in _layers(decoder)):
+        return "its score function is not folded"
+    return None
+
+
+class FusedStep:
+    """Computes steps of a decoder over a `KVPool`. On a GPU, or in Triton's interpreter."""
+
+    def __init__(self, decoder: Decoder, pool: KVPool) -> None:
+        self.decoder, self.pool = decoder, pool
+        self._layers = _layers(decoder)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, prompt_lens: Tensor, plan: AttentionPlan) -> Tensor:
+        """token_ids, positions, prompt_lens: [num_tokens] -> final hidden states, [num_tokens, hidden_size]."""
+        decoder = self.decoder
+        step = PagedStep.of(plan, decoder.config.group_size, token_ids.device)
+        stream = decoder.embed(token_ids, positions).contiguous()
+        ropes = decoder.ropes(positions, prompt_lens, stream.dtype)
+        added: Tensor | None = None  # what the last block has computed and the stream does not hold yet
+        for layer, rotary in zip(self._layers, decoder.rotary_of, strict=True):
+            normed, added = _enter(layer.attention_norm, added, stream)
+            added = _leave(layer.attention_post_norm, self._attend(layer, normed, ropes[rotary], step))
+            normed, added = _enter(layer.mlp_norm, added, stream)
+            added = _leave(layer.mlp_post_norm, _mlp(layer.mlp, normed))
+        hidden, _ = _enter(decoder.norm, added, stream)
+        return hidden
+
+    def _attend(self, layer: DecoderLayer, x: Tensor, rope: Rope, step: PagedStep) -> Tensor:
+        keys, values = self.pool.layer(layer.scores.layer)
+        q_norm, k_norm = layer.q_norm, layer.k_norm
+        norms = None if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight)
+        eps = self.decoder.config.norm_eps
+        q = rope_and_store(layer.qkv(x), layer.num_heads, keys, values, step.slots, rope, norms, eps)
+        out: Tensor = layer.output(step.attend(layer.scores, q, keys, values).flatten(1))
+        return out
+
+
+def _enter(norm: nn.Module, added: Tensor | None, stream: Tensor) -> tuple[Tensor, None]:
+    """Add to the stream what is waiting, and norm it for the next block, if that block has a norm before it."""
+    if isinstance(norm, RMSNorm):
+        return add_rms_norm(added, stream, norm.weight, norm.eps), None
+    if added is not None:
+        stream += added
+    return stream, None
+
+
+def _leave(norm: nn.Module, x: Tensor) -> Tensor:
+    """The norm behind a block, if it has one."""
+    return add_rms_norm(None, x.contiguous(), norm.weight, norm.eps) if isinstance(norm, RMSNorm) else x
+
+
+def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(mlp, MLP) and mlp.gated:
+        x, mlp = gated(mlp.gate_up(x), mlp.activation_name), mlp.down
+    out: Tensor = mlp(x)
+    return out
+
+
+def _layers(decoder: Decoder) -> list[DecoderLayer]:
+    return [layer for layer in decoder.layers if isinstance(layer, DecoderLayer)]
