@@ -46,6 +46,14 @@ class Histogram:
                 return min(max(SHORTEST * WIDTH**bucket, self.shortest), self.longest)
         return math.nan
 
+    def cumulative(self) -> list[tuple[float, float]]:
+        """Each duration that occurred, and the share of all that do not exceed it."""
+        points, seen = [], 0
+        for bucket in sorted(self._buckets):
+            seen += self._buckets[bucket]
+            points.append((SHORTEST * WIDTH**bucket, seen / self.count))
+        return points
+
     def merge(self, other: "Histogram") -> None:
         """Add everything that the other has recorded."""
         self.count += other.count

@@ -11,16 +11,17 @@ Exit code: 0 when all is well, 1 when an objective was missed (or, without objec
 is INVALID. Latencies are kept in our own histograms, off Locust's table: its row holds the whole time of each request.
 """
 
+import sys
 from argparse import ArgumentParser
 from typing import Any
 
 import gevent
 from locust import FastHttpUser, constant, events, task
 from locust.env import Environment
-from locust.exception import StopTest, StopUser
+from locust.exception import StopUser
 from locust.runners import LocalRunner, MasterRunner, Runner, WorkerRunner
 
-from loadtest.conductor import Conductor, TestError
+from loadtest.conductor import INVALID, Conductor, TestError
 from loadtest.plan import Plan
 from loadtest.sender import Sender
 from loadtest.slo import seconds
@@ -99,7 +100,8 @@ def wire(environment: Environment, runner: Any, **_: Any) -> None:
         try:
             here.conductor = Conductor(environment)
         except TestError as error:
-            raise SystemExit(f"load test: {error}") from None
+            print(f"load test: {error}", file=sys.stderr)
+            sys.exit(INVALID)
         runner.register_message("drained", here.conductor.on_drained)
     if not isinstance(runner, MasterRunner):
         runner.register_message("drain", start_drain)
@@ -115,8 +117,9 @@ def start(environment: Environment, **_: Any) -> None:
         try:
             options.plan = here.conductor.prepare().to_dict()
         except TestError as error:
+            print(f"load test: {error}", file=sys.stderr)
             gevent.spawn(runner.quit)
-            raise StopTest(f"load test: {error}") from None
+            raise gevent.GreenletExit from None  # the greenlet that starts the users; StopTest would print a traceback
     if isinstance(runner, LocalRunner | WorkerRunner):
         here.sender = Sender(Plan(**options.plan), runner.worker_index)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from loadtest.health import Health
 from loadtest.histogram import Histogram
+from loadtest.page import run_page
 from loadtest.plan import Plan
 from loadtest.results import COLUMNS, METRICS, Record, Results
 from loadtest.server import Check, Counters
@@ -66,6 +67,7 @@ def summarize(run: Run) -> dict[str, Any]:
             kind: {metric: _stats(results.histogram(metric, kind)) for metric in METRICS}
             for kind in sorted(results.histograms)
         },
+        "retry_after": sum(record.retry_after for record in measured),
         "errors": dict(Counter(record.error for record in measured if record.error).most_common(10)),
         "client": {"cpu": run.health.cpu, "lag": _stats(run.health.lag)},
         "reconciliation": [{**asdict(check), "agrees": check.agrees} for check in run.checks],
@@ -92,6 +94,7 @@ def write(run: Run, summary: Mapping[str, Any], file: Path) -> None:
         name: [getattr(record, name) for record in records]
         for name in ("kind", "intended", "sent", "ttft", "tpot", "e2e", "outcome", "prompt_tokens", "completion_tokens")
     }
+    file.with_suffix(".html").write_text(run_page(run, summary))
     document = {"plan": plan, **summary, "gauges": [asdict(each) for each in run.gauges], "records": columns}
     file.write_text(json.dumps(_finite(document), indent=1) + "\n")
 

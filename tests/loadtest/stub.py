@@ -28,8 +28,8 @@ class Served:
 class Stub:
     """Delays in seconds. first: before the first token, gap: between two.
 
-    tokens: of each answer, or as many as asked for where None. reason: for which they end. lies: added to the counters.
-    refuse_after: requests after which it answers 429. metrics: whether it counts at all.
+    tokens: of each answer, or as many as asked for where None. reason: for which they end. metrics: whether it counts
+    at all. refuse_after: requests after which it answers 429. lies: added to its counters after `lies_after` requests.
     """
 
     first: float = 0.0
@@ -39,7 +39,8 @@ class Stub:
     reason: str = "length"
     refuse_after: int | None = None
     metrics: bool = True
-    lies: Counter = field(default_factory=Counter)
+    lies: dict[str, int] = field(default_factory=dict)
+    lies_after: int = 0
     served: list[Served] = field(default_factory=list)
     counters: Counter = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -70,7 +71,9 @@ class Stub:
             self.counters.update(amounts)
 
     def exposition(self) -> str:
-        totals = self.counters + self.lies
+        totals = Counter(self.counters)
+        if len(self.served) > self.lies_after:
+            totals.update(self.lies)
         return (
             f'attendant_request_success_total{{finished_reason="length"}} {totals["requests"]}\n'
             f"attendant_prompt_tokens_total {totals['prompt']}\n"
