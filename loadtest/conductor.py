@@ -1,11 +1,11 @@
 """Plans a test, ends it and judges it: in the master, or in the only process there is."""
 
-import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import gevent
+from gevent.event import Event
 from locust.env import Environment
 from locust.runners import MasterRunner
 
@@ -19,12 +19,11 @@ from loadtest.slo import SloError, parse
 from loadtest.workload import WorkloadError
 
 LEAD_S = 1.0  # from the plan to the first arrival: time for it to reach every worker
+GRACE_S = 1.0  # by which Locust's timer may be early
 SCRAPE_S = 1.0
 CALIBRATION_WORDS = 100
 
 FAILED, INVALID = 1, 2  # exit codes
-
-logger = logging.getLogger(__name__)
 
 
 class TestError(Exception):
@@ -49,6 +48,8 @@ class Conductor:
         self._checks: list[Check] = []
         self._gauges: list[Counters] = []
         self._scraper: gevent.Greenlet | None = None
+        self._began = 0.0
+        self._prepared = Event()
         self._stopped_at = 0.0
         self._num_drained = 0
         self._results = Results()
@@ -66,6 +67,13 @@ class Conductor:
 
     def prepare(self) -> Plan:
         """Ask the server for what the plan needs, and read its counters. Raises `TestError`."""
+        self._began = time.time()
+        try:
+            return self._prepare()
+        finally:
+            self._prepared.set()
+
+    def _prepare(self) -> Plan:
         num_workers = 1
         if isinstance(self._environment.runner, MasterRunner):
             num_workers = len(self._environment.runner.clients.ready)
@@ -85,14 +93,14 @@ class Conductor:
 
     def drain(self) -> None:
         """Have all workers send what is due, wait for the answers, and collect what they measured."""
+        # Locust counts the run time from before the plan was made, so it is over before the schedule is.
+        now = time.time()
+        is_over = now - self._began > self._options.run_time - GRACE_S  # or else somebody has stopped the test
+        if self._began:
+            self._prepared.wait()
         if self._plan is None or self._stopped_at:
             return
-        now = time.time()
-        # Locust counts the run time from before the plan was made, so it ends a little before the schedule does. Where
-        # it ends much earlier, somebody has stopped the test.
-        late = self._plan.ends_at - now
-        until = self._plan.ends_at if self._plan.open_loop and late < LEAD_S + 5.0 else now
-        self._stopped_at = until
+        self._stopped_at = until = self._plan.ends_at if self._plan.open_loop and is_over else now
         seconds = float(self._environment.stop_timeout or 0.0)
         runner = self._environment.runner
         assert runner is not None
@@ -114,6 +122,7 @@ class Conductor:
     def report(self) -> int:
         """Print the summary, write the files, return the exit code."""
         if self._plan is None:
+            print("INVALID\n  the test did not start")
             return INVALID
         self._results.measured_from = self._plan.measured_from
         missing = []

@@ -96,6 +96,8 @@ def add_options(parser: ArgumentParser) -> None:
 @events.init.add_listener
 def wire(environment: Environment, runner: Any, **_: Any) -> None:
     """Give each process its part: the master, or a test of one process, conducts; a worker, or that one, sends."""
+    # The loop's clock stands still while modules are imported: Locust's next timer, the run time, would end too early.
+    gevent.get_hub().loop.update_now()
     if not isinstance(runner, WorkerRunner):
         try:
             here.conductor = Conductor(environment)
