@@ -23,11 +23,14 @@ logger = logging.getLogger(__name__)
 class Forwarded(NamedTuple):
     """hidden: final states of the step's tokens, [num_tokens, hidden_size]; logits: [num_samples, vocab_size].
 
-    Both may lie in memory that the next step overwrites.
+    likeliest: for each row of the logits where its largest stands, and what that is (NaN if one of the row is), where
+        the forward pass finds them by the way.
+    All may lie in memory that the next step overwrites.
     """
 
     hidden: Tensor
     logits: Tensor
+    likeliest: tuple[Tensor, Tensor] | None = None
 
 
 class Forward(Protocol):
@@ -94,7 +97,8 @@ class NativeForward:
 
     def forward(self, batch: Batch) -> Forwarded:
         """See `Forward`."""
-        return Forwarded(*self._step.forward(batch.token_ids, batch.positions, batch.plan, batch.sample_rows))
+        stepped = self._step.forward(batch.token_ids, batch.positions, batch.plan, batch.sample_rows)
+        return Forwarded(stepped.hidden, stepped.logits, (stepped.likeliest, stepped.largest))
 
 
 class TritonForward:

@@ -41,7 +41,8 @@ class Runner:
         if not batch.sampling:
             return NOTHING
         rows = [self._sampler_row(request) for request in batch.sampling]
-        return self.sampler.sample(forwarded.logits, rows, batch.sample_positions, batch.guesses)
+        positions, guesses = batch.sample_positions, batch.guesses
+        return self.sampler.sample(forwarded.logits, rows, positions, guesses, forwarded.likeliest)
 
     def _sampler_row(self, request: Request) -> int:
         if request.sampler_row is None:

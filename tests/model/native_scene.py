@@ -86,8 +86,7 @@ class Scene:
 
     def run(self, *work: tuple[int, int, int]) -> Tensor:
         """The native logits of every row, [num_tokens, vocab_size]."""
-        _, logits = self.step.forward(*self.batch(work))
-        return logits.clone()
+        return self.step.forward(*self.batch(work)).logits.clone()
 
     def expected(self, *work: tuple[int, int, int]) -> Tensor:
         """What torch makes of it in fp32."""

@@ -117,6 +117,30 @@ def test_embedding_and_sum(kernels):
     assert torch.equal(out, row.float() * 6.0)
 
 
+def likeliest(kernels, logits: Tensor) -> tuple[int, float]:
+    index, value = ctypes.c_int64(-1), ctypes.c_float(77.0)
+    kernels.likeliest(logits.data_ptr(), len(logits), ctypes.addressof(index), ctypes.addressof(value))
+    return index.value, value.value
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_likeliest_token_is_that_of_torch(kernels, width):
+    for seed in range(20):
+        logits = random(width, seed=seed)
+        assert likeliest(kernels, logits) == (int(logits.argmax()), float(logits.max()))
+    assert likeliest(kernels, torch.full((width,), -5.0)) == (0, -5.0)
+
+
+@pytest.mark.parametrize("place", [0, 16, 36])
+def test_a_logit_that_is_no_number_is_told(kernels, place):
+    logits = random(37)
+    logits[place] = math.nan
+    assert math.isnan(likeliest(kernels, logits)[1])
+    logits[place] = math.inf
+    assert likeliest(kernels, logits) == (place, math.inf)
+    assert likeliest(kernels, torch.full((37,), -math.inf))[1] == -math.inf
+
+
 class Product:
     """A packed linear map and what it makes of rows."""
 

@@ -151,9 +151,17 @@ def test_nothing_is_ever_stored_in_the_null_block():
 def test_more_hidden_rows_than_a_step_has_get_their_logits(dtype):
     scene = Scene(tiny(), dtype, max_tokens=16)
     sequence = scene.add(16)
-    hidden, logits = scene.step.forward(*scene.batch([(sequence, 0, 16)]))
-    again = scene.step.logits(hidden.repeat(3, 1))
-    assert torch.equal(again, logits.repeat(3, 1))
+    stepped = scene.step.forward(*scene.batch([(sequence, 0, 16)]))
+    again = scene.step.logits(stepped.hidden.repeat(3, 1))
+    assert torch.equal(again, stepped.logits.repeat(3, 1))
+
+
+def test_the_likeliest_tokens_come_with_the_logits(dtype):
+    scene = Scene(tiny(vocab_size=101), dtype)
+    stepped = scene.step.forward(*scene.batch([(scene.add(30), 0, 30)]))
+    largest, likeliest = stepped.logits.max(dim=1)
+    assert torch.equal(stepped.likeliest, likeliest)
+    assert torch.equal(stepped.largest, largest)
 
 
 class TestRefusals:

@@ -231,3 +231,19 @@ def test_parameters_out_of_range_are_refused_by_name(fields):
     with pytest.raises(InvalidRequest) as refusal:
         params(**fields)
     assert refusal.value.param == next(iter(fields))
+
+
+def test_likeliest_tokens_that_are_known_are_taken_for_greedy_rows_that_nothing_adjusts():
+    logits = torch.zeros(2, VOCABULARY)
+    logits[:, 5] = 3.0
+    known = torch.tensor([5, 5]), torch.tensor([3.0, math.nan])
+    greedy = params(temperature=0.0)
+
+    def chosen(*rows: SamplingParams) -> list[int | None]:
+        sampler = new_sampler()
+        attached = [sampler.attach(p, PROMPT, len(PROMPT)) for p in rows]
+        return sampler.sample(logits, attached, [3, 3], [None, None], known).token_ids
+
+    assert chosen(greedy, greedy) == [5, None]
+    assert chosen(params(temperature=0.0, logit_bias={7: 9.0}), greedy) == [7, 5]
+    assert chosen(greedy, params(temperature=1.0, top_k=1)) == [5, 5]

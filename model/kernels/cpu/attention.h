@@ -26,43 +26,54 @@ static void store(const Attention *a, int64_t block, int64_t offset, const float
     }
 }
 
-constexpr int64_t ROW = SPAN + GROUP;  // scores of one row: the last group may write past its keys
+constexpr int64_t ROW = SPAN + GROUP;        // scores of one row: the last group may write past its keys
+constexpr int64_t WIDE = 4;                  // groups, or sixteens of a head, that are computed side by side
+constexpr int64_t HALF_ROWS = MAX_ROWS / 2;  // rows whose WIDE sums each fit the registers
 
-// scores[r][0..16) = q_r . k for the 16 keys of a group.
+// scores[r][run * g ...] = q_r . k for the 16 keys of each of `count` groups.
 template <int R>
-static void score(const Query *queries, const uint16_t *keys, int64_t padded_dim, float *scores) {
-    Floats sums[R];
-    for (int r = 0; r < R; r++) sums[r] = splat(0.0f);
-    for (int64_t d = 0; d < padded_dim; d += 8)
-#pragma GCC unroll 12
-        for (int r = 0; r < R; r++)
+static void score(const Query *queries, const uint16_t *const *keys, int64_t count, int64_t run, int64_t padded_dim,
+                  float *scores) {
+    const uint16_t *group[WIDE];  // where there are fewer, the last one again
+    for (int64_t g = 0; g < WIDE; g++) group[g] = keys[g < count ? g : count - 1];
+    Floats sums[R][WIDE];
+    for (int r = 0; r < R; r++)
+        for (int64_t g = 0; g < WIDE; g++) sums[r][g] = splat(0.0f);
+    for (int64_t d = 0; d < padded_dim; d += 2)
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) {
+            const uint32_t pair = word(queries[r].q + d);
 #pragma GCC unroll 4
-            for (int64_t pair = d; pair < d + 8; pair += 2)
-                sums[r] = dot_pairs(sums[r], word(queries[r].q + pair), keys + pair * GROUP);
-    for (int r = 0; r < R; r++) save(scores + r * ROW, sums[r]);
+            for (int64_t g = 0; g < WIDE; g++) sums[r][g] = dot_pairs(sums[r][g], pair, group[g] + d * GROUP);
+        }
+    for (int r = 0; r < R; r++)
+        for (int64_t g = 0; g < count; g++) save(scores + r * ROW + g * run, sums[r][g]);
 }
 
 // weighted[r] = weighted[r] * shrink[r] + sum over keys of weights[r][key] * values[key].
 template <int R>
 static void weigh(const float *weights, const uint16_t *const *values, int64_t count, const float *shrink,
                   int64_t padded_dim, float *weighted) {
-    for (int64_t d = 0; d < padded_dim; d += 32) {
-        const int64_t second = d + 16 < padded_dim ? 16 : 0;  // an odd number of sixteens: the last one twice
-        Floats sums[R][2];
+    for (int64_t d = 0; d < padded_dim; d += 16 * WIDE) {
+        int64_t at[WIDE];  // where there are fewer sixteens left, the last one again
+        for (int64_t w = 0; w < WIDE; w++) at[w] = d + 16 * w < padded_dim ? d + 16 * w : padded_dim - 16;
+        Floats sums[R][WIDE];
         for (int r = 0; r < R; r++)
-            for (int half = 0; half < 2; half++)
-                sums[r][half] = load(weighted + r * padded_dim + d + half * second) * splat(shrink[r]);
+            for (int64_t w = 0; w < WIDE; w++)
+                sums[r][w] = load(weighted + r * padded_dim + at[w]) * splat(shrink[r]);
         for (int64_t key = 0; key < count; key++) {
-            Floats low = from_bf16(values[key] + d), high = from_bf16(values[key] + d + second);
-#pragma GCC unroll 12
+            Floats value[WIDE];
+#pragma GCC unroll 4
+            for (int64_t w = 0; w < WIDE; w++) value[w] = from_bf16(values[key] + at[w]);
+#pragma GCC unroll 6
             for (int r = 0; r < R; r++) {
-                Floats weight = splat(weights[r * ROW + key]);
-                sums[r][0] = fma(weight, low, sums[r][0]);
-                sums[r][1] = fma(weight, high, sums[r][1]);
+                const Floats weight = splat(weights[r * ROW + key]);
+#pragma GCC unroll 4
+                for (int64_t w = 0; w < WIDE; w++) sums[r][w] = fma(weight, value[w], sums[r][w]);
             }
         }
         for (int r = 0; r < R; r++)
-            for (int half = 0; half < 2; half++) save(weighted + r * padded_dim + d + half * second, sums[r][half]);
+            for (int64_t w = 0; w < WIDE; w++) save(weighted + r * padded_dim + at[w], sums[r][w]);
     }
 }
 
@@ -93,36 +104,49 @@ static float soften(const Attention *a, int64_t position, int64_t start, float *
     return shrink;
 }
 
-typedef void (*Score)(const Query *, const uint16_t *, int64_t, float *);
+// Fetch a group of keys and its values while the span before it is computed: blocks lie where they happen to be, so the
+// machine cannot guess the next one. It took 15 to 20 % off the attention of 8 and 32 sequences at position 1,024.
+INLINE void prefetch_group(const Attention *a, int64_t base) {
+    for (int64_t i = 0; i < GROUP * a->padded_dim; i += 32) {
+        __builtin_prefetch(a->keys + base + i, 0, 2);
+        __builtin_prefetch(a->values + base + i, 0, 2);
+    }
+}
+
+typedef void (*Score)(const Query *, const uint16_t *const *, int64_t, int64_t, int64_t, float *);
 typedef void (*Weigh)(const float *, const uint16_t *const *, int64_t, const float *, int64_t, float *);
 
 // The softmax of `rows` query rows, positions ascending, over keys [begin, end) of the sequence with this block table.
 // begin is a multiple of SPLIT; end is one too, or no row stands behind it. Blocks hold 1, 2, 4, 8 or 16 n slots.
 static void attend(const Attention *a, const int64_t *table, const Query *queries, int64_t rows, int64_t kv_head,
                    int64_t begin, int64_t end, Softmax *softmax) {
-    static const Score score_rows[MAX_ROWS] = HEIGHTS(score);
-    static const Weigh weigh_rows[MAX_ROWS] = HEIGHTS(weigh);
+    static const Score score_rows[HALF_ROWS] = HALF_HEIGHTS(score);
+    static const Weigh weigh_rows[HALF_ROWS] = HALF_HEIGHTS(weigh);
     const int64_t dim = a->padded_dim, first_seen = a->window ? queries[0].position - a->window + 1 : 0;
     const int64_t run = a->block_size < GROUP ? a->block_size : GROUP;  // keys side by side in a group
     float scores[TILE_ROWS * ROW], shrink[TILE_ROWS];
-    const uint16_t *values[ROW];
+    const uint16_t *keys[SPAN], *values[ROW];  // of each group and of each key
     for (int64_t r = 0; r < rows; r++) softmax->largest[r] = EMPTY, softmax->total[r] = 0.0f;
     memset(softmax->weighted, 0, rows * dim * sizeof(float));
     for (int64_t start = begin; start < end; start += SPAN) {
         if (start + SPAN <= first_seen && start >= a->sink_tokens) continue;  // behind the window of every row
-        const int64_t count = end - start < SPAN ? end - start : SPAN;
-        for (int64_t key = 0; key < count; key += run) {
-            const int64_t base = group_at(a, table, kv_head, start + key);
-            for (int64_t i = 0; i < run; i++) values[key + i] = a->values + base + i * dim;
-            for (int64_t r = 0, height; r < rows; r += height) {
-                height = rows - r < MAX_ROWS ? rows - r : MAX_ROWS;
-                score_rows[height - 1](queries + r, a->keys + base, dim, scores + r * ROW + key);
-            }
+        const int64_t count = end - start < SPAN ? end - start : SPAN, groups = (count + run - 1) / run;
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t base = group_at(a, table, kv_head, start + g * run), ahead = start + SPAN + g * run;
+            keys[g] = a->keys + base;
+            for (int64_t i = 0; i < run; i++) values[g * run + i] = a->values + base + i * dim;
+            if (ahead < end) prefetch_group(a, group_at(a, table, kv_head, ahead));
+        }
+        for (int64_t r = 0, height; r < rows; r += height) {
+            height = rows - r < HALF_ROWS ? rows - r : HALF_ROWS;
+            for (int64_t g = 0; g < groups; g += WIDE)
+                score_rows[height - 1](queries + r, keys + g, groups - g < WIDE ? groups - g : WIDE, run, dim,
+                                       scores + r * ROW + g * run);
         }
         for (int64_t r = 0; r < rows; r++)
             shrink[r] = soften(a, queries[r].position, start, scores + r * ROW, softmax->largest + r, softmax->total + r);
         for (int64_t r = 0, height; r < rows; r += height) {
-            height = rows - r < MAX_ROWS ? rows - r : MAX_ROWS;
+            height = rows - r < HALF_ROWS ? rows - r : HALF_ROWS;
             weigh_rows[height - 1](scores + r * ROW, values, count, shrink + r, dim, softmax->weighted + r * dim);
         }
     }

@@ -98,7 +98,8 @@ class Batch(Structure):
 
     _fields_ = _fields(
         token_ids=c_void_p, positions=c_void_p, query_start_loc=c_void_p, block_tables=c_void_p, sample_rows=c_void_p,
-        logits=c_void_p, num_tokens=c_int64, num_seqs=c_int64, max_blocks=c_int64, num_samples=c_int64,
+        logits=c_void_p, largest=c_void_p, likeliest=c_void_p, num_tokens=c_int64, num_seqs=c_int64, max_blocks=c_int64,
+        num_samples=c_int64,
     )  # fmt: skip
 
 
@@ -128,6 +129,7 @@ class Kernels(Structure):
             None, POINTER(Attention), c_void_p, POINTER(Query), c_int64, c_int64, c_int64, c_int64, POINTER(Softmax)
         ),
         merge=CFUNCTYPE(None, POINTER(Softmax), POINTER(Softmax), c_int64, c_int64),
+        likeliest=CFUNCTYPE(None, c_void_p, c_int64, c_void_p, c_void_p),
         finish=CFUNCTYPE(None, POINTER(Attention), POINTER(Softmax), c_int64, c_int64, c_void_p),
     )
 

@@ -89,5 +89,6 @@ struct Kernels {
     void (*attend)(const Attention *, const int64_t *table, const Query *, int64_t rows, int64_t kv_head, int64_t begin,
                    int64_t end, Softmax *);
     void (*merge)(Softmax *, const Softmax *later, int64_t rows, int64_t padded_dim);
+    void (*likeliest)(const float *logits, int64_t width, int64_t *index, float *value);
     void (*finish)(const Attention *, const Softmax *, int64_t row, int64_t head, float *out);
 };

@@ -1,4 +1,4 @@
-// What happens to one row at a time: embedding, norm, rotary positions, and the encoding that products read.
+// What happens to one row at a time: embedding, norm, rotary positions, the encoding that products read, the choice.
 #pragma once
 #include "vectors.h"
 
@@ -81,4 +81,26 @@ static void rotate(float *head, const float *cos, const float *sin, int64_t half
         save_first(head + i, a * c - b * s, half - i);
         save_first(head + half + i, b * c + a * s, half - i);
     }
+}
+
+// The largest of a row of logits, the first of equals; NaN if there is one among them, as torch's max has it.
+static void likeliest(const float *logits, int64_t width, int64_t *index, float *value) {
+    Floats best = splat(-INFINITY);
+    Ints at = splat(0), nan = splat(0);
+    for (int64_t i = 0; i < width; i += 16) {
+        Floats x = load_first(logits + i, width - i);
+        if (width - i < 16) x = select(lane() < splat((int32_t)(width - i)), x, splat(-INFINITY));
+        nan = nan | (splat(0x7F800000) < (as_ints(x) & splat(0x7FFFFFFF)));
+        at = select(best < x, lane() + splat((int32_t)i), at);
+        best = max(best, x);
+    }
+    float values[16];
+    int32_t places[16];
+    save(values, best);
+    memcpy(places, &at, 64);
+    *value = largest(best);
+    *index = width;
+    for (int i = 0; i < 16; i++)
+        if (values[i] == *value && places[i] < *index) *index = places[i];
+    if (largest(nan & splat(1))) *value = NAN;
 }

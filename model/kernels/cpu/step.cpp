@@ -97,12 +97,12 @@ class Step {
     } to_score{};
 };
 
-constexpr int64_t PHASES_A_LAYER = 11;
+constexpr int64_t PHASES_A_LAYER = 11, OTHER_PHASES = 5;
 constexpr int64_t UNITS_A_THREAD = 4;  // with fewer, the context of each is split over the threads
 
 Step::Step(const Model &m)
     : model(m), hidden_stride(m.layers[0].output.panels * PANEL), k(*native_kernels(m.instruction_set)),
-      team((int)m.num_threads, PHASES_A_LAYER * m.num_layers + 4) {
+      team((int)m.num_threads, PHASES_A_LAYER * m.num_layers + OTHER_PHASES) {
     int64_t attended_width = 0;
     row_bytes = m.head.stride;
     for (int64_t i = 0; i < m.num_layers; i++) {
@@ -155,6 +155,11 @@ void Step::run(const Batch &b) {
                 step.k.normalize(&step.model.norm, step.x + at, step.model.hidden_size, step.hidden + at);
             });
             step.head(me);
+            me.share_rows(step.batch.num_samples, [&](int64_t i) {
+                const float *logits = step.batch.logits + i * step.model.head.panels * PANEL;
+                const int64_t width = step.model.vocab_size;
+                step.k.likeliest(logits, width, step.batch.likeliest + i, step.batch.largest + i);
+            });
         },
         this);
 }

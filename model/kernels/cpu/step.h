@@ -27,10 +27,11 @@ struct Model {
 };
 
 // The sequences of a step, as model.attention.plan.AttentionPlan lays them out; num_samples rows get logits,
-// [num_samples, head.panels * 32].
+// [num_samples, head.panels * 32], with the largest of each row and its index.
 struct Batch {
     const int64_t *token_ids, *positions, *query_start_loc, *block_tables, *sample_rows;
-    float *logits;
+    float *logits, *largest;
+    int64_t *likeliest;
     int64_t num_tokens, num_seqs, max_blocks, num_samples;
 };
 

@@ -3,6 +3,7 @@
 import ctypes
 import weakref
 from ctypes import byref
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +63,19 @@ def _why_not_shape(decoder: Decoder) -> str | None:
     return None
 
 
+class Stepped(NamedTuple):
+    """What a step gives, all fp32; it lies in the step's own memory: the next call overwrites it.
+
+    hidden: final states, [num_tokens, hidden_size]. logits: [num_samples, vocab_size]. likeliest, largest:
+    [num_samples], where the largest logit of each row stands, and what it is: NaN if one of the row is.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+    likeliest: Tensor
+    largest: Tensor
+
+
 class NativeStep:
     """Computes steps over a `PackedPool`. Takes the weights out of the decoder: it holds none afterwards.
 
@@ -111,15 +125,14 @@ class NativeStep:
         weakref.finalize(self, self._library.destroy, self._step)
         self._vocab = head.panels * PANEL
         self._logits = torch.from_numpy(np.zeros((max_tokens, self._vocab), dtype=np.float32))
+        self._likeliest = torch.zeros(max_tokens, dtype=torch.int64)
+        self._largest = torch.zeros(max_tokens)
         self._hidden = _floats_at(self._library.hidden(self._step), (max_tokens, up(self.config.hidden_size, PANEL)))
 
-    def forward(
-        self, token_ids: Tensor, positions: Tensor, plan: AttentionPlan, sample_rows: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Final hidden states, [num_tokens, hidden_size], and logits, [num_samples, vocab_size], both fp32.
+    def forward(self, token_ids: Tensor, positions: Tensor, plan: AttentionPlan, sample_rows: Tensor) -> Stepped:
+        """One step; `sample_rows` are the rows that get logits. All arguments are int64.
 
-        They lie in the step's own memory: the next call overwrites them. Raises `StepError` before anything is computed
-        if a token, position or block is none that there is.
+        Raises `StepError` before anything is computed if a token, position or block is none that there is.
         """
         verdict = library.Verdict()
         batch = library.Batch(
@@ -129,6 +142,8 @@ class NativeStep:
             block_tables=plan.block_tables.ctypes.data,
             sample_rows=sample_rows.data_ptr(),
             logits=self._logits.data_ptr(),
+            largest=self._largest.data_ptr(),
+            likeliest=self._likeliest.data_ptr(),
             num_tokens=len(token_ids),
             num_seqs=plan.num_seqs,
             max_blocks=plan.block_tables.shape[1],
@@ -138,8 +153,13 @@ class NativeStep:
         if verdict.refusal:
             reason = REFUSALS[verdict.refusal].format(index=verdict.index, value=verdict.value)
             raise StepError(f"the native step refuses a batch for {reason}")
-        hidden = self._hidden[: len(token_ids), : self.config.hidden_size]
-        return hidden, self._logits[: len(sample_rows), : self.config.vocab_size]
+        hidden, logits = self._hidden[: len(token_ids)], self._logits[: len(sample_rows)]
+        return Stepped(
+            hidden[:, : self.config.hidden_size],
+            logits[:, : self.config.vocab_size],
+            self._likeliest[: len(sample_rows)],
+            self._largest[: len(sample_rows)],
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [rows, hidden_size] fp32, rows in any number -> [rows, vocab_size]."""

@@ -24,8 +24,10 @@ constexpr int PARTS = 16 / LANES;
 // A template over the number of rows, for each number there is.
 #if defined(__AVX512F__)
 #define HEIGHTS(f) {f<1>, f<2>, f<3>, f<4>, f<5>, f<6>, f<7>, f<8>, f<9>, f<10>, f<11>, f<12>}
+#define HALF_HEIGHTS(f) {f<1>, f<2>, f<3>, f<4>, f<5>, f<6>}
 #else
 #define HEIGHTS(f) {f<1>, f<2>}
+#define HALF_HEIGHTS(f) {f<1>}
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
