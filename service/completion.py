@@ -156,8 +156,8 @@ class Completion:
         grammar: what each choice is held to.
         Raises `InvalidRequest` and `ServiceError`.
         """
-        service.limits.check_prompts(prompts)
         info = await service.dispatcher.describe()
+        service.limits.check_prompts(prompts, info.max_model_len)
         count = fields.num_candidates
         max_choices = min(service.limits.max_choices, info.capacity)
         if count * len(prompts) > max_choices:

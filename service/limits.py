@@ -4,6 +4,8 @@ Some of these have a ceiling beyond which they cannot be raised, because the dat
 stand in `service.api.schemas` and `model.sampling.params`.
 """
 
+import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Self
 
@@ -13,6 +15,8 @@ from model.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
     from service.api.schemas.sampling import GenerationFields
+
+BRACKET = re.compile(r"[()\[\]{}]")
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -38,7 +42,7 @@ class Limits(BaseModel):
     max_header_bytes: Count = 8 << 10
     max_prompt_tokens: Count | None = None
     max_choices: Annotated[int, Field(ge=1, le=128)] = 128
-    max_messages: Count = 1024
+    max_messages: Annotated[int, Field(ge=1, le=4096)] = 1024
     max_logprobs: Annotated[int, Field(ge=0, le=20)] = 20
     max_stop_strings: Annotated[int, Field(ge=0, le=16)] = 16
     max_logit_bias: Annotated[int, Field(ge=0, le=1024)] = 1024
@@ -65,11 +69,29 @@ class Limits(BaseModel):
         at_most("logit_bias", len(body.logit_bias or ()), self.max_logit_bias)
         at_most("stop", len(body.stop_strings), self.max_stop_strings)
         at_most("messages", len(getattr(body, "messages", ())), self.max_messages)
+        if (spec := body.grammar) is not None:
+            self._check_schema(spec.param, spec.source)
+        if tools := getattr(body, "tools", None):
+            self._check_schema("tools", json.dumps([tool.function.parameters for tool in tools]))
 
-    def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Raises `InvalidRequest` for a prompt, in tokens, that is too long."""
-        if self.max_prompt_tokens is not None:
-            at_most("prompt", max(map(len, prompts)), self.max_prompt_tokens, "tokens")
+    def _check_schema(self, field: str, source: str) -> None:
+        at_most(field, len(source.encode(errors="replace")), self.max_schema_bytes, "bytes")
+        at_most(field, _depth(source), self.max_schema_depth, "levels of brackets")
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]], max_model_len: int) -> None:
+        """Raises `InvalidRequest` for a prompt, in tokens, that is too long, before it crosses to an engine."""
+        room = max_model_len - 1  # for one more
+        limit = room if self.max_prompt_tokens is None else min(room, self.max_prompt_tokens)
+        at_most("prompt", max(map(len, prompts)), limit, "tokens")
+
+
+def _depth(text: str) -> int:
+    """How deep the brackets of a schema or grammar are nested; one in a text counts, too."""
+    level = deepest = 0
+    for bracket in BRACKET.findall(text):
+        level += 1 if bracket in "([{" else -1
+        deepest = max(deepest, level)
+    return deepest
 
 
 def at_most(field: str, count: int, limit: int, what: str = "") -> None:

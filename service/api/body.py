@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from typing import TypeVar
 
 import jiter
@@ -16,6 +17,12 @@ from service.errors import BodyTooLarge, BodyTooSlow, NotFound
 from service.limits import Limits
 
 NUL = rb"\u0000"  # as JSON writes it; the bare byte is no JSON
+
+LARGE_BODY = 16 << 10
+MAX_KEYS = 2048  # of one object; each that is not known costs an error
+MAX_VALUES = 150_000
+WEIGHT_OF_A_LIST = 8
+STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 TEXTS = ("prompt", "messages", "input", "instructions")  # what the log tells of a body, where the operator wants it
 
@@ -32,10 +39,16 @@ async def read(request: Request, schema: type[RequestBody], model_name: str) -> 
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json":
         raise InvalidRequest("send the body as JSON, with the header content-type: application/json")
-    decoded = decode(await _read_bounded(request, service.limits))
-    if call.logs_prompts and isinstance(decoded, dict):
-        call.log.update({name: decoded[name] for name in TEXTS if name in decoded})
-    body = parse(schema, decoded)
+    raw = await _read_bounded(request, service.limits)
+
+    def work() -> RequestBody:
+        decoded = decode(raw)
+        if call.logs_prompts and isinstance(decoded, dict):
+            call.log.update({name: decoded[name] for name in TEXTS if name in decoded})
+        return parse(schema, decoded)
+
+    # A large body is read in a thread, or everybody's streams would wait for it.
+    body = work() if len(raw) <= LARGE_BODY else await asyncio.to_thread(work)
     if body.model is not None and body.model != model_name:
         raise unknown_model(body.model, model_name)
     if isinstance(body, GenerationFields):
@@ -51,21 +64,43 @@ def decode(raw: bytes) -> object:
 
     Not the standard library's parser: it takes NaN, lone surrogates, any depth, and of two equal keys the second.
     """
+    if len(raw) > LARGE_BODY:
+        _check_size(raw)
     try:
         decoded: object = jiter.from_json(raw, allow_inf_nan=False, catch_duplicate_keys=True)
     except ValueError as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
-    if NUL in raw and _holds_nul(decoded):
-        raise InvalidRequest("the body is not valid JSON for us: a text in it holds the character NUL")
+    if NUL in raw or len(raw) > LARGE_BODY:
+        _check(decoded)
     return decoded
 
 
-def _holds_nul(value: object) -> bool:
-    if isinstance(value, str):
-        return "\0" in value
-    if isinstance(value, dict):
-        return any(map(_holds_nul, value)) or any(map(_holds_nul, value.values()))
-    return isinstance(value, list) and any(map(_holds_nul, value))
+def _check_size(raw: bytes) -> None:
+    """Raises `InvalidRequest` for more values than any request needs: each is an object of Python's."""
+    num_texts = (raw.count(b'"') - raw.count(b'\\"')) // 2
+    if num_texts > MAX_VALUES or (_num_values(raw) > MAX_VALUES and _num_values(STRING.sub(b"", raw)) > MAX_VALUES):
+        raise InvalidRequest(f"the body holds more than {MAX_VALUES} values; send fewer in one request")
+
+
+def _num_values(raw: bytes) -> int:
+    """At most so many values; those in texts are counted, too. A list costs as much as several numbers."""
+    return raw.count(b",") + WEIGHT_OF_A_LIST * (raw.count(b"[") + raw.count(b"{"))
+
+
+def _check(decoded: object) -> None:
+    """Raises `InvalidRequest` for what JSON allows and no honest client sends."""
+    ahead = [decoded]
+    while ahead:
+        value = ahead.pop()
+        if isinstance(value, list):
+            ahead += value
+        elif isinstance(value, dict):
+            if len(value) > MAX_KEYS:
+                raise InvalidRequest(f"an object in the body has {len(value)} keys; at most {MAX_KEYS} are taken")
+            ahead += value
+            ahead += value.values()
+        elif isinstance(value, str) and "\0" in value:
+            raise InvalidRequest("the body is not valid JSON for us: a text in it holds the character NUL")
 
 
 def unknown_model(asked: str, served: str) -> NotFound:

@@ -8,7 +8,7 @@ from pydantic_core import from_json
 
 from model.errors import InvalidRequest
 from service.api.schemas.sampling import ChoiceFields, NumTop, TokenCount
-from service.api.schemas.strict import Strict
+from service.api.schemas.strict import ListOf, Strict
 
 MAX_TOOLS = 128
 
@@ -23,7 +23,9 @@ class TextPart(Strict):
     text: str
 
 
-Content = str | list[TextPart]
+MAX_MESSAGES = 4096
+
+Content = str | ListOf[TextPart]
 
 
 def plain(content: Content | None) -> str:
@@ -90,11 +92,11 @@ class AssistantMessage(Strict):
 
     role: Literal["assistant"]
     content: Content | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[ListOf[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[ListOf[Any], Field(max_length=0)] | None = None
 
     @model_validator(mode="after")
     def _something_was_said(self) -> Self:
@@ -158,7 +160,7 @@ class AllowedToolSet(Strict):
     """Some of the tools, and whether one of them must be called."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+    tools: Annotated[ListOf[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
 class AllowedTools(Strict):
@@ -193,9 +195,9 @@ class ChatRequest(ChoiceFields):
         "web_search_options": (),
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[ListOf[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: TokenCount | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[ListOf[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None

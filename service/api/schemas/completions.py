@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from model.errors import InvalidRequest
 from service.api.schemas.sampling import MAX_CHOICES, ChoiceFields, NumTop, TokenId
+from service.api.schemas.strict import ListOf
 
 
 class CompletionRequest(ChoiceFields):
@@ -14,7 +15,12 @@ class CompletionRequest(ChoiceFields):
 
     no_op: ClassVar[Mapping[str, tuple[Any, ...]]] = {"suffix": ("",)}
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: (
+        str
+        | Annotated[ListOf[str], Field(max_length=MAX_CHOICES)]
+        | ListOf[TokenId]
+        | Annotated[ListOf[ListOf[TokenId]], Field(max_length=MAX_CHOICES)]
+    )
     # 0 asks for the prompt alone, and is only for `echo`.
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -26,8 +32,6 @@ class CompletionRequest(ChoiceFields):
     def _some_prompts(self) -> Self:
         if self.prompt == []:
             raise InvalidRequest("prompt must not be an empty list", param="prompt")
-        if len(self.texts) > MAX_CHOICES or len(self.token_prompts) > MAX_CHOICES:
-            raise InvalidRequest(f"at most {MAX_CHOICES} prompts are served in one request", param="prompt")
         return self
 
     @model_validator(mode="after")

@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from model.errors import InvalidRequest
-from service.api.schemas.chat import MAX_TOOLS, CallId, ChatRequest, FunctionName
+from service.api.schemas.chat import MAX_MESSAGES, MAX_TOOLS, CallId, ChatRequest, FunctionName
 from service.api.schemas.sampling import JsonObjectFormat, NumTop, TextFormat, TokenCount
-from service.api.schemas.strict import Body, Strict, parse
+from service.api.schemas.strict import Body, ListOf, Strict, parse
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -29,11 +29,11 @@ class TextItemPart(Strict):
 
     type: Literal["input_text", "output_text"]
     text: str
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: list[dict[str, Any]] | None = None
+    annotations: Annotated[ListOf[Any], Field(max_length=0)] | None = None
+    logprobs: ListOf[dict[str, Any]] | None = None
 
 
-ItemContent = str | list[TextItemPart]
+ItemContent = str | ListOf[TextItemPart]
 
 
 class MessageItem(Strict):
@@ -118,7 +118,7 @@ class AllowedFunctionTools(Strict):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedFunctionTool], Field(min_length=1, max_length=MAX_TOOLS)]
+    tools: Annotated[ListOf[NamedFunctionTool], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
 class JsonSchemaText(Strict):
@@ -168,16 +168,16 @@ class ResponseRequest(Body):
         "truncation": ("disabled",),
     }
 
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[ListOf[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: TokenCount | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     text: TextOptions | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[ListOf[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | AllowedFunctionTools | None = None
     parallel_tool_calls: bool | None = None
-    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=1)] | None = None
+    include: Annotated[ListOf[Literal["message.output_text.logprobs"]], Field(max_length=1)] | None = None
     top_logprobs: NumTop | None = None
     metadata: (
         Annotated[

@@ -13,7 +13,7 @@ from model.sampling.params import (
     GrammarSpec,
     SamplingParams,
 )
-from service.api.schemas.strict import Body, Strict
+from service.api.schemas.strict import Body, ListOf, Strict
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -81,7 +81,7 @@ class StructuredOutputs(Strict):
     """What the whole output has to match, as vLLM's clients write it. Exactly one of them."""
 
     regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
+    choice: Annotated[ListOf[str], Field(min_length=1, max_length=1000)] | None = None
     lark: str | None = None
 
     @model_validator(mode="after")
@@ -122,8 +122,8 @@ class GenerationFields(Body):
         Annotated[dict[TokenIdText, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)] | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    stop: StopString | Annotated[ListOf[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: Annotated[ListOf[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool | None = None
     receipt: bool | None = None

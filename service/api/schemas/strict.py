@@ -5,19 +5,30 @@ only with a value that asks for nothing; any other is unknown. Types are strict:
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 from pydantic_core import ErrorDetails
 
 from model.errors import InvalidRequest
 
 # Fields of several forms, in words: pydantic would complain about one of the forms at random.
 FORMS: dict[str, str] = {
-    "prompt": "a string, a list of strings, a list of token ids, or a list of such lists",
+    "prompt": "a string, a list of token ids, or a list of at most 128 of either",
     "stop": "a string of 1 to 256 characters, or a list of at most 16 of them",
     "tool_choice": '"none", "auto", "required", a function by its name, or allowed_tools',
 }
+
+
+class FirstFault(FailFast):
+    """`FailFast`, and hashable: `|` between types asks for that."""
+
+    __hash__ = object.__hash__
+
+
+Member = TypeVar("Member")
+# A list of which the first fault is told: a body may hold a million, and describing them all takes seconds.
+ListOf = Annotated[list[Member], FirstFault()]
 
 
 class Strict(BaseModel):
@@ -48,6 +59,8 @@ def parse(schema: type[Schema], body: object) -> Schema:
     for name in asked:
         if name in schema.no_op:
             raise InvalidRequest(f"{name} is not supported here; leave it out", param=name)
+        if name not in schema.model_fields:
+            raise InvalidRequest(f"unknown field: {name[:100]}", param=name[:100])
     try:
         return schema.model_validate(asked)
     except ValidationError as error:

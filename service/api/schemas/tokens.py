@@ -5,9 +5,9 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from model.errors import InvalidRequest
-from service.api.schemas.chat import Message
+from service.api.schemas.chat import MAX_MESSAGES, Message
 from service.api.schemas.sampling import TokenId
-from service.api.schemas.strict import Body
+from service.api.schemas.strict import Body, ListOf
 
 
 class TokenizeRequest(Body):
@@ -18,7 +18,7 @@ class TokenizeRequest(Body):
     """
 
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[ListOf[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -37,4 +37,4 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """Body of `POST /detokenize`."""
 
-    tokens: list[TokenId]
+    tokens: ListOf[TokenId]

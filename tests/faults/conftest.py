@@ -1,0 +1,84 @@
+"""Faults come in two sizes: a quick one inside `make test`, and the whole of it by `make faults`."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.api.routes import create_api
+from service.door import Door
+from service.limits import Limits
+from tests.service.conftest import tiny_model, write_model  # noqa: F401 - fixtures
+from tests.service.fakes import FakeFleet
+from tests.service.test_gate import service_with
+
+FULL = os.environ.get("ATTENDANT_FAULTS") == "full"
+
+
+def scaled(quick: int, full: int) -> int:
+    """How many, in this run."""
+    return full if FULL else quick
+
+
+@dataclass
+class Answer:
+    """What came back, and for how long the event loop did nothing else: processor time between two of its turns."""
+
+    status: int = 0
+    body: bytes = b""
+    stall: float = 0.0
+    headers: dict[bytes, bytes] = field(default_factory=dict)
+
+
+class InProcess:
+    """The HTTP application over a scripted engine, called without a server, so that the loop has nothing else to do."""
+
+    def __init__(self, model: Path, limits: Limits | None = None) -> None:
+        self.service = service_with(model, limits or Limits())
+        self.api = create_api(self.service, Door())
+
+    @property
+    def fleet(self) -> FakeFleet:
+        return self.service.dispatcher._engines  # type: ignore[return-value]
+
+    async def post(self, path: str, body: bytes, headers: dict[str, str] | None = None) -> Answer:
+        """Send a body in one piece."""
+        sent = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": "POST",
+            "path": path,
+            "scheme": "http",
+            "query_string": b"",
+            "headers": [(name.encode(), value.encode()) for name, value in sent.items()],
+        }
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+        answer = Answer()
+
+        async def receive() -> Any:
+            return messages.pop() if messages else await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                answer.status, answer.headers = message["status"], dict(message["headers"])
+            answer.body += message.get("body", b"")
+
+        call = asyncio.create_task(self.api(scope, receive, send))
+        async with asyncio.timeout(60):
+            while not call.done():
+                before = time.thread_time()
+                await asyncio.sleep(0.0005)
+                answer.stall = max(answer.stall, time.thread_time() - before)
+        await call
+        return answer
+
+
+@pytest.fixture
+def in_process(tiny_model: Path) -> Callable[..., InProcess]:  # noqa: F811
+    return lambda **limits: InProcess(tiny_model, Limits(**limits))

@@ -1,0 +1,110 @@
+"""S2: bodies that are not what they should be: each gets a 4xx, and none holds up the event loop for 50 ms."""
+
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.faults.conftest import InProcess, scaled
+
+pytestmark = pytest.mark.faults
+
+STALL_LIMIT_S = 0.050
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "Once upon a time", "max_tokens": 4, "stop": ["x"], "logit_bias": {"5": 1.5}},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Tell me a story"}], "n": 2, "max_tokens": 4},
+}
+DEEP = 10_000
+
+
+def cut(body: dict[str, Any], rng: random.Random) -> bytes:
+    text = json.dumps(body).encode()
+    return text[: rng.randrange(len(text))]
+
+
+def deep(body: dict[str, Any], rng: random.Random) -> bytes:
+    opening, closing = rng.choice([(b"[", b"]"), (b'{"a":', b"}")])
+    return with_value(body, rng, opening * DEEP + b"1" + closing * DEEP)
+
+
+def number_that_is_none(body: dict[str, Any], rng: random.Random) -> bytes:
+    return with_value(body, rng, rng.choice([b"NaN", b"Infinity", b"-Infinity", b"1e999", b"9" * 5000, b"0x1", b"01"]))
+
+
+def duplicate_key(body: dict[str, Any], rng: random.Random) -> bytes:
+    text, name = json.dumps(body), rng.choice(list(body))
+    return f"{text[:-1]}, {json.dumps(name)}: {json.dumps(body[name])}}}".encode()
+
+
+def lone_surrogate(body: dict[str, Any], rng: random.Random) -> bytes:
+    return with_value(body, rng, rng.choice([rb'"\ud800"', rb'"x\udfff"', rb'"\ud800\ud800"', b'"\xed\xa0\x80"']))
+
+
+def nul(body: dict[str, Any], rng: random.Random) -> bytes:
+    return with_value(body, rng, rng.choice([b'"a\0b"', rb'"a\u0000b"', b"\0"]))
+
+
+def bad_utf8(body: dict[str, Any], rng: random.Random) -> bytes:
+    return with_value(body, rng, rng.choice([b'"\xff"', b'"\xc0\x80"', b'"\xe2\x82"', b'"\xf8\x88\x80\x80\x80"']))
+
+
+def bad_byte(body: dict[str, Any], rng: random.Random) -> bytes:
+    text = bytearray(json.dumps(body).encode())
+    text[rng.randrange(len(text))] = rng.choice([0x00, 0x01, 0x80, 0xFE, 0xFF])
+    return bytes(text)
+
+
+def wrong_type(body: dict[str, Any], rng: random.Random) -> bytes:
+    return with_value(body, rng, rng.choice([b"true", b'{"a": 1}', b"[[[]]]", b"[null]", b'[{"role": 1}]']))
+
+
+def much_of_the_wrong_type(body: dict[str, Any], rng: random.Random) -> bytes:
+    """As large as a body may be: whoever describes every fault in it is busy for seconds."""
+    item = rng.choice([b"true", b"[]", b"{}", b'"x"', b"1.5", b'{"role": "user"}', b"[true]"])
+    if rng.random() < 0.5:
+        return with_value(body, rng, b"[" + b",".join([item] * (900_000 // (len(item) + 1))) + b"]")
+    entries = b",".join(b'"k%d":' % i + item for i in range(900_000 // (len(item) + 11)))
+    return with_value(body, rng, b"{" + entries + b"}")
+
+
+def many_unknown_fields(body: dict[str, Any], rng: random.Random) -> bytes:
+    return json.dumps({**body, **{f"field_{i}": 1 for i in range(50_000)}}).encode()
+
+
+def with_value(body: dict[str, Any], rng: random.Random, value: bytes) -> bytes:
+    """The body with something else as the value of one of its fields."""
+    name = rng.choice(list(body))
+    return json.dumps({**body, name: "@@"}).encode().replace(b'"@@"', value)
+
+
+MUTATIONS = [cut, deep, number_that_is_none, duplicate_key, lone_surrogate, nul, bad_utf8, bad_byte, wrong_type]
+LARGE = [much_of_the_wrong_type, many_unknown_fields]
+
+
+@pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
+async def test_a_mutated_body_gets_a_4xx_at_once(in_process: Callable[..., InProcess], mutate: Any) -> None:
+    """Read by `json.loads`, NaN, duplicate keys and lone surrogates pass, and 10,000 brackets end in a 500."""
+    await refuse_all(in_process(), mutate, scaled(24, 500))
+
+
+@pytest.mark.parametrize("mutate", LARGE, ids=lambda mutate: mutate.__name__)
+async def test_a_large_body_of_the_wrong_kind_gets_a_4xx_at_once(
+    in_process: Callable[..., InProcess], mutate: Any
+) -> None:
+    """With every fault described to the end, the loop stands still for up to 8 s."""
+    await refuse_all(in_process(), mutate, scaled(12, 250))
+
+
+async def refuse_all(service: InProcess, mutate: Any, count: int) -> None:
+    rng = random.Random(mutate.__name__)
+    for i in range(count):
+        path = rng.choice(list(BODIES))
+        body = mutate(BODIES[path], rng)
+        answer = await service.post(path, body)
+        place = f"{mutate.__name__} {i}: {body[:80]!r} -> {answer.status}"
+        assert 400 <= answer.status < 500, place
+        assert answer.stall < STALL_LIMIT_S, f"{place} after {answer.stall:.3f} s"
+        assert set(json.loads(answer.body)["error"]) == {"message", "type", "param", "code"}, place
+    assert not service.fleet.replicas["a"].submitted, "nothing of it reached an engine"
