@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.attention.inspect import Inspection
 from model.attention.plan import AttentionPlan, token_positions
 from model.engine.request import Request
 from model.engine.scheduler import ScheduledStep
@@ -21,6 +22,7 @@ class Batch:
     sample_rows: [num_samples]: the rows whose logits give tokens: of each sampling request the last ones.
     sampling: the request of each sample; sample_positions: where the sampled token will stand; guesses: what the
         request's next sample takes it to be, None for the last one.
+    inspection: None unless someone asks to see attention weights of this step.
     """
 
     token_ids: Tensor
@@ -31,6 +33,7 @@ class Batch:
     sampling: Sequence[Request]
     sample_positions: Sequence[int]
     guesses: Sequence[int | None]
+    inspection: Inspection | None
 
 
 def decodes_first(step: ScheduledStep) -> ScheduledStep:
@@ -56,6 +59,8 @@ def stage(step: ScheduledStep, block_size: int, device: torch.device) -> Batch:
     before_end = np.repeat(samples.cumsum(), samples) - np.arange(samples.sum())
     positions = token_positions(starts, plan.query_start_loc)
     sample_rows = ends - before_end
+    sampling = [item.request for item in scheduled for _ in range(item.num_samples)]
+    asked = {i: request.attention for i, request in enumerate(sampling) if request.attention is not None}
     prompt_lens = np.repeat([item.request.num_prompt_tokens for item in scheduled], counts)
     return Batch(
         token_ids=torch.tensor(token_ids, device=device),
@@ -63,7 +68,8 @@ def stage(step: ScheduledStep, block_size: int, device: torch.device) -> Batch:
         prompt_lens=torch.from_numpy(prompt_lens).to(device),
         plan=plan,
         sample_rows=torch.from_numpy(sample_rows).to(device),
-        sampling=[item.request for item in scheduled for _ in range(item.num_samples)],
+        sampling=sampling,
         guesses=[guess for item in scheduled if item.num_samples for guess in (*item.draft_ids, None)],
         sample_positions=(positions[sample_rows] + 1).tolist(),
+        inspection=Inspection(plan, sample_rows, asked) if asked else None,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from model.attention.weights import AttentionRequest
 from model.checkpoint import load_checkpoint
 from model.config import EngineConfig
 from model.decoder import Decoder
@@ -62,8 +63,12 @@ class Engine:
         """Whether `step` would compute anything."""
         return self.scheduler.has_work
 
-    def validate(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def validate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, attention: AttentionRequest | None = None
+    ) -> None:
         """Raise `InvalidRequest`, with the numbers, for what could never be served. Safe from any thread."""
+        if attention is not None:
+            attention.check(self.model_config.num_layers, self.model_config.num_heads)
         if not prompt_ids:
             raise InvalidRequest("the prompt is empty: at least one token is needed", param="prompt")
         self._check_ids("the prompt", prompt_ids, "prompt")
@@ -84,7 +89,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises `InvalidRequest`."""
-        self.validate(request.token_ids[: request.num_prompt_tokens], request.params)
+        self.validate(request.token_ids[: request.num_prompt_tokens], request.params, request.attention)
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> bool:

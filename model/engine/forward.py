@@ -9,10 +9,11 @@ from torch import Tensor
 
 from model.attention.deterministic import DeterministicAttention
 from model.attention.gathered import GatheredAttention
+from model.attention.scores import Attend
 from model.cache.packed import PackedPool
 from model.cache.pool import KVPool
 from model.config import EngineConfig, ModelConfig
-from model.decoder import Decoder
+from model.decoder import Decoder, DecoderLayer
 from model.engine.batch import Batch
 from model.errors import ConfigError
 from model.kernels.cpu.step import NativeStep, why_not
@@ -68,8 +69,10 @@ class TorchForward:
 
     def forward(self, batch: Batch) -> Forwarded:
         """See `Forward`."""
-        attention = self._attention(batch.plan, self._pool)
-        hidden = self.decoder(batch.token_ids, batch.positions, attention, batch.prompt_lens)
+        attend: Attend = self._attention(batch.plan, self._pool)
+        if batch.inspection is not None:
+            attend = batch.inspection.around(attend)
+        hidden = self.decoder(batch.token_ids, batch.positions, attend, batch.prompt_lens)
         # The head is the widest product of all: only rows that sample go through it.
         return Forwarded(hidden, self.decoder.logits(hidden[batch.sample_rows]))
 
@@ -83,6 +86,7 @@ class NativeForward:
         self.config = decoder.config
         pool = PackedPool(decoder.config, num_blocks, config.block_size)
         self.pool = pool
+        self._scores = [layer.scores for layer in decoder.layers if isinstance(layer, DecoderLayer)]
         max_tokens, num_threads = config.max_num_batched_tokens, config.num_threads
         self._step = NativeStep(decoder, pool, max_tokens=max_tokens, num_threads=num_threads)
         self.logits = self._step.logits
@@ -97,7 +101,13 @@ class NativeForward:
 
     def forward(self, batch: Batch) -> Forwarded:
         """See `Forward`."""
-        stepped = self._step.forward(batch.token_ids, batch.positions, batch.plan, batch.sample_rows)
+        inspection, queries = batch.inspection, None
+        if inspection is not None:
+            queries = self._step.empty_queries(len(batch.sample_rows))
+        stepped = self._step.forward(batch.token_ids, batch.positions, batch.plan, batch.sample_rows, queries)
+        if inspection is not None and queries is not None:
+            for layer in inspection.layers:
+                inspection.keep(self._scores[layer], queries[layer, inspection.samples, :, : self.config.head_dim])
         return Forwarded(stepped.hidden, stepped.logits, (stepped.likeliest, stepped.largest))
 
 
@@ -134,7 +144,7 @@ class TritonForward:
 
     def forward(self, batch: Batch) -> Forwarded:
         """See `Forward`."""
-        hidden = self._step.forward(batch.token_ids, batch.positions, batch.prompt_lens, batch.plan)
+        hidden = self._step.forward(batch.token_ids, batch.positions, batch.prompt_lens, batch.plan, batch.inspection)
         return Forwarded(hidden, self.logits(hidden[batch.sample_rows]))
 
 

@@ -44,7 +44,7 @@ class EngineLoop:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises `InvalidRequest` here, in the caller's thread."""
-        self.engine.validate(request.token_ids[: request.num_prompt_tokens], request.params)
+        self.engine.validate(request.token_ids[: request.num_prompt_tokens], request.params, request.attention)
         self._inbox.put(lambda: self.engine.scheduler.add(request))
 
     def abort(self, request_ids: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from model.attention.weights import AttentionRequest, TokenAttention
 from model.cache.prefix import chain, root
 from model.errors import InvalidRequest
 from model.sampling.params import SamplingParams
@@ -23,6 +24,7 @@ class TokenOutput(NamedTuple):
     num_cached_tokens: prompt tokens that came from the prefix cache.
     logprobs: one for each of `token_ids`, for those who ask.
     prompt_logprobs: with the first output, one for each prompt token; the first token has none.
+    attention: for those who ask, for each of `token_ids` where its logits came from: the weights of the row before it.
     """
 
     request_id: str
@@ -31,6 +33,7 @@ class TokenOutput(NamedTuple):
     num_cached_tokens: int
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    attention: list[TokenAttention] | None = None
 
 
 class Request:
@@ -44,10 +47,12 @@ class Request:
     grammar: what the output is held to. It decides when the completion may end, so `ignore_eos` and `min_tokens` are
         refused beside it (`InvalidRequest`), and so are `output_ids` that it does not allow (`GrammarError`).
     leader: a request with the same prompt, whose prompt this one waits for, to share it from the cache.
+    attention: the heads whose weights are to be shown with each token.
     """
 
     __slots__ = (
         "arrival",
+        "attention",
         "block_hashes",
         "block_table",
         "cache_salt",
@@ -81,6 +86,7 @@ class Request:
         cache_salt: str = "",
         grammar: "Grammar | None" = None,
         leader: "Request | None" = None,
+        attention: AttentionRequest | None = None,
     ) -> None:
         if grammar is not None and (params.ignore_eos or params.min_tokens):
             name = "ignore_eos" if params.ignore_eos else "min_tokens"
@@ -94,6 +100,7 @@ class Request:
         self.cache_salt = cache_salt
         self.grammar = grammar
         self.leader = leader
+        self.attention = attention
         self.num_prompt_tokens = len(prompt_ids)
         self.token_ids = [*prompt_ids, *output_ids]
         # Kept by the scheduler:

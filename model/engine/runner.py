@@ -42,7 +42,10 @@ class Runner:
             return NOTHING
         rows = [self._sampler_row(request) for request in batch.sampling]
         positions, guesses = batch.sample_positions, batch.guesses
-        return self.sampler.sample(forwarded.logits, rows, positions, guesses, forwarded.likeliest)
+        sampled = self.sampler.sample(forwarded.logits, rows, positions, guesses, forwarded.likeliest)
+        if batch.inspection is not None:
+            sampled = sampled._replace(attention=batch.inspection.weights(self.compute.pool))
+        return sampled
 
     def _sampler_row(self, request: Request) -> int:
         if request.sampler_row is None:

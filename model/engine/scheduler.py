@@ -10,6 +10,7 @@ from bisect import insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from model.attention.weights import TokenAttention
 from model.cache.blocks import BlockPool
 from model.cache.prefix import PrefixCache, root
 from model.config import EngineConfig
@@ -151,7 +152,8 @@ class Scheduler:
             self._offer_prefix(request, scheduled.start)
             if scheduled.num_samples:
                 logprobs = sampled.logprobs[samples] if sampled.logprobs else None
-                outputs.append(self._output(request, taken, reason, logprobs))
+                attention = sampled.attention[samples] if sampled.attention else None
+                outputs.append(self._output(request, taken, reason, logprobs, attention))
             if reason:
                 ended.append(request)
             elif taken and self._speculates(request):
@@ -336,6 +338,7 @@ class Scheduler:
         token_ids: list[int],
         reason: FinishReason | None,
         logprobs: Sequence[TokenLogprobs | None] | None,
+        attention: Sequence[TokenAttention | None] | None,
     ) -> TokenOutput:
         first = request.num_output_tokens <= len(token_ids)
         if request.params.logprobs is None:
@@ -347,6 +350,7 @@ class Scheduler:
             request.num_cached_tokens,
             logprobs=None if logprobs is None else [item for item in logprobs[: len(token_ids)] if item],
             prompt_logprobs=request.prompt_logprobs if first and request.params.prompt_logprobs is not None else None,
+            attention=None if attention is None else [item for item in attention[: len(token_ids)] if item] or None,
         )
 
     def _end(self, requests: Sequence[Request]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.attention.weights import AttentionRequest
 from model.config import EngineConfig
 from model.engine.engine import Engine
 from model.engine.request import Request
@@ -43,6 +44,27 @@ def run(directory: Path, kernels: str) -> list[list[int]]:
 def test_the_fused_pass_says_what_torch_says(tmp_path, name):
     write(name, tmp_path, num_hidden_layers=3)
     assert run(tmp_path, "triton") == run(tmp_path, "torch")
+
+
+@pytest.mark.slow
+def test_weights_that_are_asked_for_are_those_of_transformers(tmp_path):
+    theirs = write("gemma3", tmp_path, num_hidden_layers=3)
+    config = EngineConfig(
+        dtype="fp32", device=DEVICE, block_size=8, kv_cache_tokens=512, max_num_seqs=4, max_num_batched_tokens=16,
+        kernels="triton",
+    )  # fmt: skip
+    ids = list(range(40, 70))
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    asked = AttentionRequest(layers=(2, 0), heads=(3, 0))
+    outputs = list(Engine.from_checkpoint(tmp_path, config).generate(Request("a", ids, params, attention=asked)))
+    written = [output.token_ids[0] for output in outputs]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([[*ids, *written]]), output_attentions=True).attentions
+    for row, output in enumerate(outputs, len(ids) - 1):
+        for layer, head, positions, weights in output.attention[0]:
+            assert positions == list(range(row + 1))
+            theirs_there = expected[layer][0, head, row, : row + 1]
+            torch.testing.assert_close(torch.tensor(weights), theirs_there, atol=1e-4, rtol=0)
 
 
 def test_a_model_that_cannot_be_fused_is_named(tmp_path):

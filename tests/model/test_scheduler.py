@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from model.attention.weights import AttentionRequest, HeadWeights
 from model.config import EngineConfig
 from model.engine.request import Request
 from model.engine.scheduler import Scheduler
@@ -319,6 +320,20 @@ def test_logprobs_go_to_those_who_asked():
     item = TokenLogprobs(-0.5, [])
     outputs = scheduler.commit(scheduler.schedule(), Sampled([7, 8], [item, None]))
     assert [(o.request_id, o.logprobs) for o in outputs] == [("asked", [item]), ("silent", None)]
+
+
+def test_weights_go_to_those_who_asked_one_for_each_token_that_stands():
+    scheduler = make(speculative_tokens=2)
+    look = AttentionRequest(layers=(0,), heads=(0,))
+    scheduler.add(Request("asked", [1, 2, 3, 1, 2, 3, 1, 2], SamplingParams(max_tokens=9), attention=look))
+    scheduler.add(request("silent", 5, first=50))
+    first, *more = [[HeadWeights(0, 0, [i], [1.0])] for i in range(4)]
+    outputs = scheduler.commit(scheduler.schedule(), Sampled([3, 8], attention=[first, None]))
+    assert [(o.request_id, o.attention) for o in outputs] == [("asked", [first]), ("silent", None)]
+    scheduled = scheduler.schedule()
+    assert [item.draft_ids for item in scheduled.requests] == [(1, 2), ()]
+    outputs = scheduler.commit(scheduled, Sampled([1, 9, 4, 8], attention=[*more, None]))
+    assert [(o.token_ids, o.attention) for o in outputs] == [([1, 9], more[:2]), ([8], None)]
 
 
 def test_the_runner_hears_of_every_request_that_stops_running():

@@ -98,8 +98,8 @@ class Batch(Structure):
 
     _fields_ = _fields(
         token_ids=c_void_p, positions=c_void_p, query_start_loc=c_void_p, block_tables=c_void_p, sample_rows=c_void_p,
-        logits=c_void_p, largest=c_void_p, likeliest=c_void_p, num_tokens=c_int64, num_seqs=c_int64, max_blocks=c_int64,
-        num_samples=c_int64,
+        logits=c_void_p, largest=c_void_p, likeliest=c_void_p, queries=c_void_p,
+        num_tokens=c_int64, num_seqs=c_int64, max_blocks=c_int64, num_samples=c_int64,
     )  # fmt: skip
 
 

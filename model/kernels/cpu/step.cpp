@@ -68,6 +68,7 @@ class Step {
     void multiply(Member &, const Linear &, Epilogue, int64_t num_rows);
     void add_product(Member &, const Linear &, const Norm &after);
     void place(const Layer &, int64_t row);
+    void keep_queries(int64_t layer);
     void plan_tiles();
     void attend(Member &, const Attention &);
     Softmax attend_split(const Attention &, int64_t unit, int64_t split, float *weighted);
@@ -203,6 +204,7 @@ void Step::layer(Member &me, const Layer &l) {
     me.share_rows(n, [&](int64_t row) { enter(row, before, l.attention_norm, l.qkv); });
     multiply(me, l.qkv, {wide, wide_stride, 0.0f, STORE, l.activation}, n);
     me.share_rows(n, [&](int64_t row) { place(l, row); });
+    if (batch.queries && me.index == 0) keep_queries(&l - model.layers);
     attend(me, l.attention);
     me.share_rows(n, [&](int64_t row) { encode(l.output, attended + row * l.output.in, row); });
     add_product(me, l.output, l.attention_post_norm);
@@ -271,6 +273,12 @@ void Step::place(const Layer &l, int64_t row) {
     }
     const int64_t block = batch.block_tables[seq * batch.max_blocks + position / a.block_size];
     k.store(&a, block, position % a.block_size, key, key + a.num_kv_heads * dim);
+}
+
+void Step::keep_queries(int64_t layer) {
+    uint16_t *kept = batch.queries + layer * batch.num_samples * q_stride;
+    for (int64_t i = 0; i < batch.num_samples; i++)
+        memcpy(kept + i * q_stride, queries + batch.sample_rows[i] * q_stride, q_stride * sizeof(uint16_t));
 }
 
 void Step::plan_tiles() {

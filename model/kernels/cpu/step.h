@@ -27,11 +27,13 @@ struct Model {
 };
 
 // The sequences of a step, as model.attention.plan.AttentionPlan lays them out; num_samples rows get logits,
-// [num_samples, head.panels * 32], with the largest of each row and its index.
+// [num_samples, head.panels * 32], with the largest of each row and its index. Where queries is not null, each layer's
+// queries of these rows are kept there, [num_layers, num_samples, num_heads, padded_dim] bf16.
 struct Batch {
     const int64_t *token_ids, *positions, *query_start_loc, *block_tables, *sample_rows;
     float *logits, *largest;
     int64_t *likeliest;
+    uint16_t *queries;
     int64_t num_tokens, num_seqs, max_blocks, num_samples;
 };
 

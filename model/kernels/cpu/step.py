@@ -129,9 +129,17 @@ class NativeStep:
         self._largest = torch.zeros(max_tokens)
         self._hidden = _floats_at(self._library.hidden(self._step), (max_tokens, up(self.config.hidden_size, PANEL)))
 
-    def forward(self, token_ids: Tensor, positions: Tensor, plan: AttentionPlan, sample_rows: Tensor) -> Stepped:
-        """One step; `sample_rows` are the rows that get logits. All arguments are int64.
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        plan: AttentionPlan,
+        sample_rows: Tensor,
+        queries: Tensor | None = None,
+    ) -> Stepped:
+        """One step; `sample_rows` are the rows that get logits. These, ids and positions are int64.
 
+        queries: made by `empty_queries`, and filled with those of the sample rows; None: nobody asks for them.
         Raises `StepError` before anything is computed if a token, position or block is none that there is.
         """
         verdict = library.Verdict()
@@ -144,6 +152,7 @@ class NativeStep:
             logits=self._logits.data_ptr(),
             largest=self._largest.data_ptr(),
             likeliest=self._likeliest.data_ptr(),
+            queries=None if queries is None else queries.data_ptr(),
             num_tokens=len(token_ids),
             num_seqs=plan.num_seqs,
             max_blocks=plan.block_tables.shape[1],
@@ -160,6 +169,12 @@ class NativeStep:
             self._likeliest[: len(sample_rows)],
             self._largest[: len(sample_rows)],
         )
+
+    def empty_queries(self, num_samples: int) -> Tensor:
+        """Room for every layer's queries as attention takes them, [num_layers, num_samples, num_heads, padded_dim]."""
+        config = self.config
+        shape = (config.num_layers, num_samples, config.num_heads, self.pool.padded_dim)
+        return torch.empty(shape, dtype=torch.bfloat16)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [rows, hidden_size] fp32, rows in any number -> [rows, vocab_size]."""

@@ -3,16 +3,22 @@
 A layer is ten launches instead of some thirty. The weights stay the decoder's own.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
+from model.attention.inspect import Inspection
 from model.attention.paged import PagedStep
 from model.attention.plan import AttentionPlan
+from model.attention.scores import Scores
 from model.cache.pool import KVPool
 from model.decoder import Decoder, DecoderLayer, Rope
 from model.kernels.activation import gated
 from model.kernels.norm import add_rms_norm
 from model.kernels.rope import rope_and_store
 from model.layers import MLP, RMSNorm
+
+PagedAttend = Callable[[Scores, Tensor, Tensor, Tensor], Tensor]
 
 
 def why_not(decoder: Decoder) -> str | None:
@@ -36,28 +42,36 @@ class FusedStep:
         self.decoder, self.pool = decoder, pool
         self._layers = _layers(decoder)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, prompt_lens: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        prompt_lens: Tensor,
+        plan: AttentionPlan,
+        inspection: Inspection | None = None,
+    ) -> Tensor:
         """token_ids, positions, prompt_lens: [num_tokens] -> final hidden states, [num_tokens, hidden_size]."""
         decoder = self.decoder
         step = PagedStep.of(plan, decoder.config.group_size, token_ids.device)
+        attend: PagedAttend = step.attend if inspection is None else inspection.around(step.attend)
         stream = decoder.embed(token_ids, positions).contiguous()
         ropes = decoder.ropes(positions, prompt_lens, stream.dtype)
         added: Tensor | None = None  # what the last block has computed and the stream does not hold yet
         for layer, rotary in zip(self._layers, decoder.rotary_of, strict=True):
             normed, added = _enter(layer.attention_norm, added, stream)
-            added = _leave(layer.attention_post_norm, self._attend(layer, normed, ropes[rotary], step))
+            added = _leave(layer.attention_post_norm, self._attend(layer, normed, ropes[rotary], step.slots, attend))
             normed, added = _enter(layer.mlp_norm, added, stream)
             added = _leave(layer.mlp_post_norm, _mlp(layer.mlp, normed))
         hidden, _ = _enter(decoder.norm, added, stream)
         return hidden
 
-    def _attend(self, layer: DecoderLayer, x: Tensor, rope: Rope, step: PagedStep) -> Tensor:
+    def _attend(self, layer: DecoderLayer, x: Tensor, rope: Rope, slots: Tensor, attend: PagedAttend) -> Tensor:
         keys, values = self.pool.layer(layer.scores.layer)
         q_norm, k_norm = layer.q_norm, layer.k_norm
         norms = None if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight)
         eps = self.decoder.config.norm_eps
-        q = rope_and_store(layer.qkv(x), layer.num_heads, keys, values, step.slots, rope, norms, eps)
-        out: Tensor = layer.output(step.attend(layer.scores, q, keys, values).flatten(1))
+        q = rope_and_store(layer.qkv(x), layer.num_heads, keys, values, slots, rope, norms, eps)
+        out: Tensor = layer.output(attend(layer.scores, q, keys, values).flatten(1))
         return out
 
 
