@@ -1,6 +1,7 @@
 """The command line of the benchmarks: one module a subcommand."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 
 from model.bench import engine, peers, prefix, roofline, steps
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # the engine says which kernels it has chosen
     args.run(args)
 
 

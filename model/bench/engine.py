@@ -10,13 +10,13 @@ import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from model.bench import report, roofline, shapes
 from model.bench.rounds import Answer, Ask
-from model.config import Dtype, EngineConfig, ModelConfig
+from model.config import Dtype, EngineConfig, Kernels, ModelConfig
 from model.engine.engine import Engine
 from model.engine.request import Request
 from model.sampling.params import SamplingParams
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[64], help="prompt tokens of each request")
     parser.add_argument("--output", type=int, default=64, help="tokens to generate for each request")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="default: torch's own choice, one a core")
+    parser.add_argument("--kernels", choices=get_args(Kernels), default="auto", help="what computes a step")
     report.add_arguments(parser)
 
 
@@ -40,31 +40,37 @@ def run(args: argparse.Namespace) -> None:
     """Print a table of tokens a second, and write it as JSON where asked."""
     report.warn_if_busy()
     directory = shapes.directory_of(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     machine = roofline.measure_machine()
     roofline.print_machine(machine)
     report.print_row(*COLUMNS)
-    rows = []
-    for dtype in args.dtype:
-        asks = [Ask(batch, context, args.output, 0) for batch, context in itertools.product(args.batch, args.context)]
-        engine = load(directory, dtype, args.threads, asks)
-        answers = measure(engine, asks, args.rounds)
-        for ask in asks:
-            row = summarize(engine.model_config, machine, dtype, ask, answers[ask])
-            rows.append(row | {"rounds": [asdict(answer) for answer in answers[ask]]})
-            report.print_row(
-                dtype,
-                ask.batch,
-                ask.prompt_tokens,
-                f"{row['prefill']:.0f}",
-                f"{row['prefill_of_roofline']:.0%}",
-                f"{row['decode']:.0f}",
-                f"{row['decode_of_roofline']:.0%}",
-                f"{row['end_to_end']:.0f}",
-            )
+    rows = [row for dtype in args.dtype for row in measure_dtype(directory, dtype, machine, args)]
     print_kept(rows)
     report.write(args, {"roofline": asdict(machine), "rows": rows})
+
+
+def measure_dtype(
+    directory: Path, dtype: Dtype, machine: roofline.Machine, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The rows of one dtype, printed as well. Its engine is gone when this returns: two need not fit the memory."""
+    asks = [Ask(batch, context, args.output, 0) for batch, context in itertools.product(args.batch, args.context)]
+    engine = load(directory, dtype, args.kernels, args.threads, asks)
+    answers = measure(engine, asks, args.rounds)
+    rows = []
+    for ask in asks:
+        row = summarize(engine.model_config, machine, dtype, ask, answers[ask])
+        rows.append(row | {"rounds": [asdict(answer) for answer in answers[ask]]})
+        report.print_row(
+            dtype,
+            ask.batch,
+            ask.prompt_tokens,
+            f"{row['prefill']:.0f}",
+            f"{row['prefill_of_roofline']:.0%}",
+            f"{row['decode']:.0f}",
+            f"{row['decode_of_roofline']:.0%}",
+            f"{row['end_to_end']:.0f}",
+        )
+    return rows
 
 
 def print_kept(rows: list[dict[str, Any]]) -> None:
@@ -79,7 +85,7 @@ def print_kept(rows: list[dict[str, Any]]) -> None:
             )
 
 
-def load(directory: Path, dtype: Dtype, threads: int | None, asks: list[Ask]) -> Engine:
+def load(directory: Path, dtype: Dtype, kernels: Kernels, threads: int, asks: list[Ask]) -> Engine:
     """The engine as it is shipped, with a cache that holds the largest of these rounds."""
     longest = max(ask.prompt_tokens + ask.output_tokens for ask in asks)
     block_size = EngineConfig.block_size
@@ -90,6 +96,7 @@ def load(directory: Path, dtype: Dtype, threads: int | None, asks: list[Ask]) ->
         kv_cache_tokens=cache,
         max_num_seqs=max(EngineConfig.max_num_seqs, *(ask.batch for ask in asks)),
         num_threads=threads,
+        kernels=kernels,
     )
     return Engine.from_checkpoint(directory, config)
 

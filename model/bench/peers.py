@@ -42,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefill-rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s, one a core")
     parser.add_argument("--peers", type=Path, default=Path(".venv-peers"), help="what `make peers` built")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to this file too")
     report.add_arguments(parser)

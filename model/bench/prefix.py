@@ -22,7 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16", "int8"], default="bf16")
     parser.add_argument("--context", type=int, default=900)
     parser.add_argument("--prompts", "--steps", type=int, default=5)
-    parser.add_argument("--threads", type=int)
     report.add_arguments(parser)
 
 

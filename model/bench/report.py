@@ -15,7 +15,9 @@ QUIET = 0.5  # processes that run, on the average of the last minute
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The option that keeps the numbers."""
+    """The options of every benchmark."""
+    threads = torch.get_num_threads()
+    parser.add_argument("--threads", type=int, default=threads, help="default: one a core, %(default)s here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured to this file")
 
 
@@ -51,6 +53,5 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
     }

@@ -152,14 +152,12 @@ def print_machine(machine: Machine) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    parser.add_argument("--threads", type=int)
     report.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print what the machine can do, and write it as JSON where asked."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     machine = measure_machine()
     print_machine(machine)
     report.write(args, {"roofline": asdict(machine)})

@@ -34,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--threads", type=int)
     report.add_arguments(parser)
 
 

@@ -6,6 +6,7 @@ First the worker says {"ready": version}, {"missing": what} or {"error": why}. T
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -58,6 +59,7 @@ def serve(load: Callable[[Setup], tuple[str, Play]]) -> None:
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not be read as an answer,
     sys.stdout = sys.stderr  # and is in the log at once, however the process ends
+    logging.basicConfig(level=logging.INFO)
 
     def say(message: dict[str, object]) -> None:
         print(json.dumps(message), file=out, flush=True)
