@@ -152,7 +152,7 @@ async def take_turns(urls: dict[str, str], load: Load, rounds: int) -> dict[str,
 def table(outcomes: dict[str, list[Outcome]]) -> str:
     """A markdown table of medians; the first server by each of the others, as the median of ratios within rounds."""
     first, *_ = outcomes
-    lines = [f"| server | tokens/s | TTFT p50 | {first} by it |", "|---|---|---|---|"]
+    lines = [f"| server | tokens/s | TTFT p50 | {first} over it |", "|---|---|---|---|"]
     for name, rounds in outcomes.items():
         rate, ttft = (statistics.median(values) for values in zip(*((r.rate, r.ttft) for r in rounds), strict=True))
         by = statistics.median(ours.rate / its.rate for ours, its in zip(outcomes[first], rounds, strict=True))
