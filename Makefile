@@ -15,13 +15,17 @@ PEERS_JOBS ?= 1
 LLAMA_CPP  := 0.3.36
 
 .DELETE_ON_ERROR:
-.PHONY: serve test check coverage loadtest train compatibility evaluate peers lock clean
+.PHONY: serve test faults check coverage loadtest train compatibility evaluate peers lock clean
 
 serve: $(VENV)/.serve
 	@exec $(BIN)/attendant serve --model "$(MODEL)" --port $(PORT) --replicas $(REPLICAS) $(ARGS)
 
 test: check coverage
 	$(BIN)/python -m pytest $(ARGS)
+
+# What `make test` does a little of: kills, floods and hostile input, in full. It takes a while.
+faults: $(VENV)/.test
+	ATTENDANT_FAULTS=full $(BIN)/python -m pytest -m faults --timeout 1800 $(ARGS)
 
 coverage: $(VENV)/.test
 	$(BIN)/coverage run -m pytest --quiet tests/model/test_scheduler.py tests/invariants/test_scheduler_machine.py

@@ -2,18 +2,21 @@
 
 import asyncio
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from service import keys
 from service.api.routes import create_api
 from service.door import Door
 from service.limits import Limits
-from tests.service.conftest import tiny_model, write_model  # noqa: F401 - fixtures
+from tests.service.conftest import Running, start, stop, tiny_model  # noqa: F401 - a fixture among them
 from tests.service.fakes import FakeFleet
 from tests.service.test_gate import service_with
 
@@ -77,6 +80,50 @@ class InProcess:
                 answer.stall = max(answer.stall, time.thread_time() - before)
         await call
         return answer
+
+
+@dataclass
+class Guarded:
+    """A real service with two keys, and little patience for bodies."""
+
+    running: Running
+    keys: tuple[str, str]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        url = httpx.URL(self.running.url)
+        return url.host, url.port or 0
+
+    def client(self, key: int | None = 0) -> httpx.Client:
+        headers = {} if key is None else {"authorization": f"Bearer {self.keys[key]}"}
+        return httpx.Client(base_url=self.running.url, headers=headers, timeout=60)
+
+    def memory(self) -> int:
+        """Bytes of the processes that a client's bytes pass through."""
+        names = ("haproxy", ":Ingress", "ray::ProxyActor")
+        found = [child for child in self.running.children() if any(name in " ".join(child.cmdline()) for name in names)]
+        assert len(found) >= 2
+        return sum(process.memory_info().rss for process in found)
+
+    def logs(self) -> Path:
+        """Where Ray and all of its processes write theirs."""
+        words = " ".join(word for child in self.running.children() for word in child.cmdline())
+        found = re.search(r"/tmp/ray/session_[0-9_-]+", words)
+        assert found
+        return Path(found[0]) / "logs"
+
+
+BODY_SECONDS = 2
+
+
+@pytest.fixture(scope="session")
+def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:  # noqa: F811
+    file = tmp_path_factory.mktemp("keys") / "keys.json"
+    pair = (keys.add(file, "one"), keys.add(file, "two"))
+    options = ["--api-keys-file", str(file), "--limit", f"max_body_seconds={BODY_SECONDS}", "--kv-cache-tokens", "8192"]
+    running = start(tiny_model, *options)
+    yield Guarded(running, pair)
+    assert stop(running) == 0
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from service.dispatch import Dispatcher
 from service.door import Door
 from service.limits import Limits
 from service.metrics import IngressMetrics
-from tests.service.test_api import Storyteller, refusal
+from tests.service.test_api import Storyteller, events, refusal
 
 
 def service_with(model: Path, limits: Limits) -> Service:
@@ -264,3 +264,23 @@ async def test_a_client_that_does_not_read_is_cut_off_and_the_engine_stopped(tin
         await call
         while not a.aborted:
             await asyncio.sleep(0)
+
+
+async def test_a_deadline_that_passes_in_a_stream_ends_it_with_a_typed_error(service: Service) -> None:
+    fleet: Any = service.dispatcher._engines
+    ids, fleet.ids = fleet.ids, []  # this test speaks for the engine
+    async with client_of(service, Door()) as client:
+        answering = asyncio.create_task(complete(client, stream=True, deadline_ms=60_000))
+        a = fleet.replicas["a"]
+        async with asyncio.timeout(5):
+            while not a.submitted:
+                await asyncio.sleep(0)
+            a.say(0, ids[0])
+            while 'route="/v1/completions",status="200"' not in service.metrics.expose():
+                await asyncio.sleep(0)
+        a.say(0, finish_reason="deadline")
+        answer = await answering
+    assert answer.status_code == 200
+    *_, error, done = events(answer.text)
+    assert (error["error"]["type"], error["error"]["code"]) == ("timeout_error", "deadline_exceeded")
+    assert done == "[DONE]"
