@@ -75,7 +75,7 @@ class CompareConfig:
     """
 
     out: Path
-    steps: int = 2000
+    steps: int = 2400
     tokens_per_batch: int = 1024
     documents: int = 800
     rounds: int = 5
@@ -332,8 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/attention"), help="where tables and pictures are written"
     )
-    parser.add_argument("--quick", action="store_true", help="an eighth of the training: a first look")
-    parser.add_argument("--steps", type=int, help="length of each kind's training, instead of 2000, or 250 if quick")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the training: a first look")
+    parser.add_argument("--steps", type=int, help="length of each kind's training, instead of 2400, or 600 if quick")
     parser.add_argument("--resume", action="store_true", help="go on with the runs in OUT")
     parser.add_argument("--speeds-only", action="store_true", help="measure the speeds in OUT/comparison.json again")
     parser.add_argument("--seed", type=int, default=0)
@@ -341,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     config = CompareConfig(out=given.out, seed=given.seed, threads=given.threads, resume=given.resume)
     if given.quick:
-        config = replace(config, steps=250, documents=150, rounds=3)
+        config = replace(config, steps=600, documents=200, rounds=3)
     if given.steps:
         config = replace(config, steps=given.steps)
     console = Console()
