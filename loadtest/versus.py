@@ -176,7 +176,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{bad[0]!r} is not NAME=http://HOST:PORT")
     urls = dict(server.split("=", 1) for server in args.server)
     load = Load(args.clients, args.requests, args.prompt, args.output, args.vocab_size)
-    outcomes = asyncio.run(take_turns(urls, load, args.rounds))
+    try:
+        outcomes = asyncio.run(take_turns(urls, load, args.rounds))
+    except (StreamError, OSError) as error:
+        parser.exit(1, f"versus: {error}\n")
     print(table(outcomes))
     if args.json:
         rounds = {name: [asdict(outcome) for outcome in seen] for name, seen in outcomes.items()}

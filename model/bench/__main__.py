@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 
 from model.bench import engine, peers, prefix, roofline, steps
+from model.errors import AttendantError
 
 COMMANDS = {"engine": engine, "steps": steps, "prefix": prefix, "roofline": roofline, "peers": peers}
 
@@ -29,4 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AttendantError as error:
+        sys.exit(f"attendant bench: {error}")

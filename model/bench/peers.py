@@ -59,14 +59,15 @@ def run(args: argparse.Namespace) -> None:
     workers, absent = start_all(asked, directory, args)
     try:
         machine = roofline.measure_machine()
-        roofline.print_machine(machine)
         rounds = play(workers, dict.fromkeys(generate, args.rounds) | dict.fromkeys(prefill, args.prefill_rounds))
+        machine = machine.or_better(roofline.measure_machine())
     finally:
         for worker in workers:
             worker.close()
     tables = "\n\n".join(
         show(measure, rounds, model, machine, asked, absent) for measure in measures(generate, prefill)
     )
+    roofline.print_machine(machine)
     print(tables)
     if args.markdown:
         args.markdown.write_text(tables + "\n")

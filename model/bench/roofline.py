@@ -31,6 +31,11 @@ class Machine:
     bandwidth: float
     rates: Mapping[str, float]
 
+    def or_better(self, other: "Machine") -> "Machine":
+        """The best of two measurements: what disturbed one of them is no limit of the machine."""
+        rates = {dtype: max(rate, other.rates[dtype]) for dtype, rate in self.rates.items()}
+        return Machine(max(self.bandwidth, other.bandwidth), rates)
+
 
 @dataclass(frozen=True)
 class Work:

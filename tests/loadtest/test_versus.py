@@ -103,6 +103,13 @@ def test_the_table_compares_the_first_with_the_others_within_each_round():
     ]
 
 
+def test_a_server_that_is_not_there_is_told_in_one_line(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_:
+        versus.main(["nobody=http://127.0.0.1:1"])
+    assert exit_.value.code == 1
+    assert "refused" in capsys.readouterr().err
+
+
 def test_a_server_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         versus.main(["http://127.0.0.1:8000"])

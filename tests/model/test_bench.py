@@ -98,6 +98,11 @@ def test_the_roofline_is_the_slower_of_reading_and_computing():
     assert roofline.Work(read_bytes=100.0, linear=50.0, attention=20.0).seconds(machine, "int8") == 3.0
 
 
+def test_of_two_measurements_of_a_machine_the_best_of_each_number_counts():
+    early, late = roofline.Machine(3.0, {"int8": 1.0, "bf16": 7.0}), roofline.Machine(2.0, {"int8": 5.0, "bf16": 6.0})
+    assert early.or_better(late) == late.or_better(early) == roofline.Machine(3.0, {"int8": 5.0, "bf16": 7.0})
+
+
 def test_a_shape_is_written_as_a_directory_that_we_and_transformers_load(tiny: Path):
     assert inspect_checkpoint(tiny).config.vocab_size == 400
     theirs = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
@@ -106,6 +111,13 @@ def test_a_shape_is_written_as_a_directory_that_we_and_transformers_load(tiny: P
     asked = Ask(batch=1, prompt_tokens=3, output_tokens=2, seed=0)
     assert measure_round(engine, asked).decode_tokens == 1
     assert theirs(ids).logits.shape == (1, 3, 400)
+
+
+@pytest.mark.parametrize("name", sorted(shapes.SHAPES))
+def test_every_shape_is_one_that_we_load(name: str, tmp_path: Path):
+    small = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    shapes.write_random(shapes.SHAPES[name] | small, tmp_path)
+    assert inspect_checkpoint(tmp_path).config.num_heads == shapes.SHAPES[name]["num_attention_heads"]
 
 
 def test_the_tokenizer_of_a_shape_has_exactly_its_vocabulary_and_reads_what_it_writes(tiny: Path):
