@@ -11,23 +11,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from model.attention.weights import AttentionRequest, TokenAttention
 from model.sampling.params import GrammarSpec, SamplingParams
 from model.sampling.result import TokenLogprobs
 
 
-class Logprobs(NamedTuple):
-    """For those who ask: one entry for each new token; with the first of them one for each prompt token, too.
+class Details(NamedTuple):
+    """What comes beside new tokens, for those who ask.
 
-    The first prompt token has no entry: nothing comes before it.
+    logprobs, attention: one entry for each new token. prompt_logprobs: with the first of them, one for each prompt
+    token; the first prompt token has none: nothing comes before it.
     """
 
-    tokens: list[TokenLogprobs] | None
-    prompt: list[TokenLogprobs | None] | None
+    logprobs: list[TokenLogprobs] | None
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    attention: list[TokenAttention] | None
 
 
-# request_id, new token ids, finish reason or None, prompt tokens found in the cache, log-probabilities. A plain tuple:
-# it is pickled once for every request in every step.
-Output = tuple[str, list[int], str | None, int, Logprobs | None]
+# request_id, new token ids, finish reason or None, prompt tokens found in the cache, details. A plain tuple: it is
+# pickled once for every request in every step.
+Output = tuple[str, list[int], str | None, int, Details | None]
 
 
 class Work(NamedTuple):
@@ -41,6 +44,7 @@ class Work(NamedTuple):
     grammar: GrammarSpec | None = None
     priority: int = 0
     cache_salt: str = ""
+    attention: AttentionRequest | None = None
 
 
 class Submission(NamedTuple):

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
+from model.attention.weights import TokenAttention
 from model.errors import InvalidRequest
 from model.sampling.params import GrammarSpec, sibling_seed
 from model.sampling.result import TokenLogprobs
@@ -40,13 +41,14 @@ class Service:
 
 
 Entry = tuple[int, TokenLogprobs | None]  # a token, and what is known of it: nothing of a prompt's first one
+Look = tuple[int, TokenAttention]  # a token, and where the heads asked about looked when it was chosen
 
 
 class Delta(NamedTuple):
     """New text of one choice; the last of a choice has its finish reason.
 
     For those who ask for log-probabilities: `tokens`, the new ones, whose text may still be held back; and `prompt`,
-    once, with the first delta of the choice.
+    once, with the first delta of the choice. For those who ask for attention weights: `looks`, of the new tokens.
     """
 
     choice: int
@@ -54,6 +56,7 @@ class Delta(NamedTuple):
     finish_reason: str | None
     tokens: Sequence[Entry] = ()
     prompt: Sequence[Entry] = ()
+    looks: Sequence[Look] = ()
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Written:
     finish_reason: str
     tokens: list[Entry]
     prompt: list[Entry]
+    looks: list[Look]
 
     @property
     def mean_logprob(self) -> float:
@@ -106,10 +110,10 @@ class Choice:
 
     def take_prompt(self, piece: Piece) -> list[Entry]:
         """What is known of the prompt's tokens, once: an engine that takes over a choice tells it again."""
-        if piece.logprobs is None or piece.logprobs.prompt is None:
+        if piece.details is None or piece.details.prompt_logprobs is None:
             return []
         prompt_ids, self._untold_prompt = self._untold_prompt, ()
-        return list(zip(prompt_ids, piece.logprobs.prompt, strict=False))
+        return list(zip(prompt_ids, piece.details.prompt_logprobs, strict=False))
 
 
 class Completion:
@@ -174,7 +178,7 @@ class Completion:
             salt, priority = call.cache_salt(fields.cache_salt), fields.priority or 0
             for choice in range(count):
                 params = fields.sampling(limit, sibling_seed(seed, choice))
-                works.append(Work(ids, params, grammar, priority, salt))
+                works.append(Work(ids, params, grammar, priority, salt, fields.inspection))
         call.admitted_at = time.perf_counter()
         call.reserve(sum(map(len, prompts)) + sum(work.params.max_tokens for work in works))
         try:
@@ -212,13 +216,14 @@ class Completion:
 
     async def whole(self) -> list[Written]:
         """Wait for the end: every choice, or of several candidates the best, best first. Raises `ServiceError`."""
-        choices = [Written("", "", [], []) for _ in self._choices]
+        choices = [Written("", "", [], [], []) for _ in self._choices]
         texts: list[list[str]] = [[] for _ in self._choices]
         async for deltas in self:
             for delta in deltas:
                 texts[delta.choice].append(delta.text)
                 choices[delta.choice].tokens += delta.tokens
                 choices[delta.choice].prompt += delta.prompt
+                choices[delta.choice].looks += delta.looks
         for choice, parts, clock in zip(choices, texts, self._choices, strict=True):
             choice.text, choice.finish_reason = "".join(parts), clock.finish_reason or ""
         count, n = self._fields.num_candidates, self._fields.num_choices
@@ -299,10 +304,12 @@ class Completion:
         metrics.generation_tokens.inc(choice.num_tokens - before)
         if choice.finish_reason is not None:
             self._finish(piece.choice, now)
-        if piece.logprobs is None:
+        if piece.details is None:
             return Delta(piece.choice, text, choice.finish_reason) if text or choice.finish_reason is not None else None
-        entries = list(zip(piece.token_ids, piece.logprobs.tokens or (), strict=False))[: choice.num_tokens - before]
-        return Delta(piece.choice, text, choice.finish_reason, entries, choice.take_prompt(piece))
+        token_ids = piece.token_ids[: choice.num_tokens - before]
+        entries = list(zip(token_ids, piece.details.logprobs or (), strict=False))
+        looks = list(zip(token_ids, piece.details.attention or (), strict=False))
+        return Delta(piece.choice, text, choice.finish_reason, entries, choice.take_prompt(piece), looks)
 
     def _finish(self, index: int, now: float) -> None:
         choice, metrics = self._choices[index], self._service.metrics

@@ -203,13 +203,13 @@ class Dispatcher:
                 logger.info("engine replica %s did not answer a ping: %s", replica_id, _reason(error))
 
     def _receive(self, outputs: list[Output]) -> None:
-        for request_id, token_ids, finish_reason, num_cached_tokens, logprobs in outputs:
+        for request_id, token_ids, finish_reason, num_cached_tokens, details in outputs:
             stream = self._streams.get(request_id)
             if stream is None:  # aborted, or of an attempt that was given up
                 continue
             if finish_reason is not None:
                 del self._streams[request_id]
-            stream.receive(token_ids, finish_reason, num_cached_tokens, logprobs)
+            stream.receive(token_ids, finish_reason, num_cached_tokens, details)
 
     async def _resume(self, orphans: list[Stream]) -> None:
         """Submit again, with the journal, the streams that a dead replica left behind."""

@@ -30,6 +30,7 @@ class Limits(BaseModel):
     max_prompt_tokens: of one prompt; None means what the model's context holds.
     max_choices: `n` times the prompts of one request. max_messages: of one chat.
     max_logprobs, max_stop_strings, max_logit_bias: entries of those fields.
+    max_attention_weights: of one token: layers times heads times top_k. Some 90 bytes each until the client takes it.
     max_schema_bytes, max_schema_depth: of a schema or grammar that an output is held to, and of tools.
     max_streams_per_key: requests that one key may have open at once, if it has no limit of its own.
     max_unread_tokens: of one request, generated but not yet taken by its client; a slower reader is cut off.
@@ -46,6 +47,7 @@ class Limits(BaseModel):
     max_logprobs: Annotated[int, Field(ge=0, le=20)] = 20
     max_stop_strings: Annotated[int, Field(ge=0, le=16)] = 16
     max_logit_bias: Annotated[int, Field(ge=0, le=1024)] = 1024
+    max_attention_weights: Annotated[int, Field(ge=0)] = 256
     max_schema_bytes: Annotated[int, Field(ge=1, le=1 << 16)] = 1 << 16
     max_schema_depth: Count = 32
     max_streams_per_key: Count = 256
@@ -67,6 +69,9 @@ class Limits(BaseModel):
         at_most("logprobs", body.num_logprobs or 0, self.max_logprobs)
         at_most("prompt_logprobs", body.num_prompt_logprobs or 0, self.max_logprobs)
         at_most("logit_bias", len(body.logit_bias or ()), self.max_logit_bias)
+        if (asked := body.inspection) is not None:
+            count = len(asked.layers) * len(asked.heads) * (asked.top_k or 1)
+            at_most("attention", count, self.max_attention_weights, "weights a token")
         at_most("stop", len(body.stop_strings), self.max_stop_strings)
         at_most("messages", len(getattr(body, "messages", ())), self.max_messages)
         if (spec := body.grammar) is not None:

@@ -12,7 +12,7 @@ from ray import serve
 from model.errors import CheckpointError, ConfigError, GrammarError, InvalidRequest
 from model.sampling.params import GrammarSpec
 from service.admission import Admission, backlog
-from service.channel import Accepted, EngineInfo, Logprobs, Outbox, Output, Refused, Submission
+from service.channel import Accepted, Details, EngineInfo, Outbox, Output, Refused, Submission
 from service.metrics import EngineMetrics
 from service.receipt import EngineReceipt, Timing, WeightsDigest
 
@@ -213,6 +213,7 @@ class EngineReplica:
                 priority=work.priority,
                 deadline=None if left is None else time.monotonic() + left,
                 cache_salt=work.cache_salt,
+                attention=work.attention,
                 grammar=grammar,
                 leader=leader,
             )
@@ -273,7 +274,7 @@ class EngineReplica:
             if owner.timing is not None and output.token_ids:
                 owner.timing.token()
             by_outbox.setdefault(outbox, []).append(
-                (output.request_id, output.token_ids, output.finish_reason, output.num_cached_tokens, _logprobs(output))
+                (output.request_id, output.token_ids, output.finish_reason, output.num_cached_tokens, _details(output))
             )
             if output.finish_reason is not None:
                 del self._owners[output.request_id]
@@ -295,7 +296,7 @@ class EngineReplica:
                     await self._drop(channel_id)
 
 
-def _logprobs(output: "TokenOutput") -> Logprobs | None:
-    if output.logprobs is None and output.prompt_logprobs is None:
+def _details(output: "TokenOutput") -> Details | None:
+    if output.logprobs is None and output.prompt_logprobs is None and output.attention is None:
         return None
-    return Logprobs(output.logprobs, output.prompt_logprobs)
+    return Details(output.logprobs, output.prompt_logprobs, output.attention)

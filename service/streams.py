@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from service.channel import Logprobs, Submission, Work
+from service.channel import Details, Submission, Work
 from service.errors import DeadlineExceeded, ServiceError
 
 
@@ -18,7 +18,7 @@ class Piece(NamedTuple):
     token_ids: list[int]
     finish_reason: str | None
     num_cached_tokens: int
-    logprobs: Logprobs | None = None
+    details: Details | None = None
     error: ServiceError | None = None
 
 
@@ -53,7 +53,7 @@ class Stream:
         return Submission(self.request_id, self.work, list(self.journal), self.resumes > 0, left, self._timed)
 
     def receive(
-        self, token_ids: list[int], finish_reason: str | None, num_cached_tokens: int, logprobs: Logprobs | None
+        self, token_ids: list[int], finish_reason: str | None, num_cached_tokens: int, details: Details | None
     ) -> None:
         """Journal a step's tokens and pass them on."""
         self.journal.extend(token_ids)
@@ -62,7 +62,7 @@ class Stream:
         elif finish_reason == "deadline":
             self.fail(DeadlineExceeded())
         else:
-            self._tell(Piece(self._choice, token_ids, finish_reason, num_cached_tokens, logprobs))
+            self._tell(Piece(self._choice, token_ids, finish_reason, num_cached_tokens, details))
 
     def fail(self, error: ServiceError) -> None:
         """End the choice with an error."""

@@ -5,7 +5,7 @@ that attention was given, and from the keys as the cache holds them. In a step i
 runs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.attention.plan import AttentionPlan
-from model.attention.reference import causal_weights
-from model.attention.scores import Attend, Scores
+from model.attention.scores import Attend, Scores, softmax, visible
 from model.attention.weights import AttentionRequest, HeadWeights, TokenAttention
 from model.cache.packed import PackedPool
 from model.cache.pool import KVPool
@@ -57,8 +56,11 @@ class Inspection:
             slots, shown = torch.from_numpy(self._slots(self.rows[index])), []
             for layer in request.layers:
                 scores, queries = self._queries[layer]
-                weights = newest_row_weights(scores, queries[index], pool, slots.to(queries.device))
-                shown += [HeadWeights(layer, head, *_shown(weights[head], request.top_k)) for head in request.heads]
+                rows = newest_row_weights(scores, queries[index], request.heads, pool, slots.to(queries.device))
+                shown += [
+                    HeadWeights(layer, head, *_shown(weights, request.top_k))
+                    for head, weights in zip(request.heads, rows, strict=True)
+                ]
             found[sample] = shown
         return found
 
@@ -71,13 +73,20 @@ class Inspection:
         return plan.slots(sequence, positions[None]).ravel()
 
 
-def newest_row_weights(scores: Scores, q: Tensor, pool: KVPool | PackedPool, slots: Tensor) -> Tensor:
-    """One token's softmax weights over all up to itself, [num_heads, length], in fp32.
+def newest_row_weights(
+    scores: Scores, q: Tensor, heads: Sequence[int], pool: KVPool | PackedPool, slots: Tensor
+) -> Tensor:
+    """One token's softmax weights over all up to itself, [len(heads), length], in fp32.
 
     q: [num_heads, head_dim], as attention took it; slots: [length], where the cache holds those tokens, its own last.
     """
     keys, _ = pool.gather(scores.layer, slots)
-    return causal_weights(scores, q[None], keys)[:, 0]
+    group_size = len(q) // keys.shape[1]
+    k = keys[:, [head // group_size for head in heads]].float().transpose(0, 1)  # [len(heads), length, head_dim]
+    positions = torch.arange(len(slots), device=q.device)
+    seen = visible(positions[-1:], positions, scores)
+    sinks = None if scores.sinks is None else scores.sinks[list(heads)]
+    return softmax(scores(q[list(heads), None].float(), k, heads), seen, sinks)[:, 0]
 
 
 def _shown(weights: Tensor, top_k: int | None) -> tuple[list[int], list[float]]:

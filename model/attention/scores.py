@@ -11,6 +11,7 @@ score then costs what a dot product does, and takes every fast path of it.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -59,13 +60,17 @@ class Scores(nn.Module):
             k = torch.einsum("thd,hde->the", k, self.key_projection)
         return q, k
 
-    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, heads: Sequence[int] | None = None) -> Tensor:
         """Scores of each query for each key, before any mask.
 
         q: [..., num_heads, num_queries, head_dim]; k: [..., num_heads, num_keys, head_dim]; returns
-        [..., num_heads, num_queries, num_keys].
+        [..., num_heads, num_queries, num_keys]. heads: those that q and k are of, where not all are there.
         """
-        scores = q @ k.transpose(-1, -2) if self.energy is None else additive(q, k, self.energy.to(q.dtype))
+        if self.energy is None:
+            scores = q @ k.transpose(-1, -2)
+        else:
+            energy = self.energy if heads is None else self.energy[list(heads)]
+            scores = additive(q, k, energy.to(q.dtype))
         scores = scores * self.scale
         return scores if self.soft_cap is None else self.soft_cap * torch.tanh(scores / self.soft_cap)
 

@@ -11,7 +11,9 @@ from starlette.responses import JSONResponse, Response
 
 from model.errors import InvalidRequest
 from model.text.chat_template import ChatTemplate
+from model.text.tokenizer import Tokenizer
 from service.api import body as request_body
+from service.api.attention import attention_of
 from service.api.connection import while_connected
 from service.api.logprobs import chat_logprobs
 from service.api.schemas.chat import ChatRequest, Message
@@ -119,21 +121,21 @@ def _stream(
         return event({**envelope, "choices": [], **ending}) if ending else b""
 
     first = b"".join(opening.chunk(choice, "", None) for choice in range(body.num_choices))
-    if plan is not None or body.logprobs:
+    if plan is not None or body.logprobs or body.attention is not None:
         scribe = _Scribe(service, body, plan, envelope)
         return EventStream(completion, service.metrics, scribe.write, first=first, last=last)
     return EventStream(completion, service.metrics, write, first=first, last=last)
 
 
 class _Scribe:
-    """Chunks of more than text: calls of tools, and log-probabilities."""
+    """Chunks of more than text: calls of tools, log-probabilities, attention weights."""
 
     def __init__(
         self, service: Service, body: ChatRequest, plan: ToolPlan | None, envelope: Mapping[str, object]
     ) -> None:
         self._envelope = {**envelope, **({"usage": None} if body.include_usage else {})}
         self._tokenizer = service.tokenizer
-        self._logprobs = bool(body.logprobs)
+        self._body = body
         self._readers = [None if plan is None else ToolReader(plan.syntax) for _ in range(body.num_choices)]
 
     def write(self, deltas: list[Delta]) -> bytes:
@@ -148,20 +150,28 @@ class _Scribe:
             if reason is not None:
                 parts.append(reader.flush())
                 reason = "tool_calls" if reason == "stop" and reader.num_calls else reason
-        # The log-probabilities of a step's tokens go with the first chunk that it gives, if need be an empty one.
-        logprobs = None
-        if self._logprobs:
-            logprobs = {"content": chat_logprobs(self._tokenizer, delta.tokens), "refusal": None}
+        # What is told of a step's tokens goes with the first chunk that it gives, if need be an empty one.
+        details, untold = _details(self._tokenizer, self._body, delta), bool(delta.tokens or delta.looks)
         for part in parts:
             if part:
-                yield self._chunk(delta.choice, _as_delta(part), logprobs, None)
-                logprobs = None
-        if reason is not None or (logprobs is not None and delta.tokens):
-            yield self._chunk(delta.choice, {}, logprobs, reason)
+                yield self._chunk(delta.choice, _as_delta(part), details, None)
+                details, untold = {"logprobs": None}, False
+        if reason is not None or untold:
+            yield self._chunk(delta.choice, {}, details, reason)
 
-    def _chunk(self, index: int, delta: object, logprobs: object, reason: str | None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+    def _chunk(self, index: int, delta: object, details: dict[str, Any], reason: str | None) -> bytes:
+        choice = {"index": index, "delta": delta, **details, "finish_reason": reason}
         return event({**self._envelope, "choices": [choice]})
+
+
+def _details(tokenizer: Tokenizer, body: ChatRequest, told: Delta | Written) -> dict[str, Any]:
+    """What a choice tells of its tokens: `logprobs`, and `attention` for those who ask."""
+    details: dict[str, Any] = {"logprobs": None}
+    if body.logprobs:
+        details["logprobs"] = {"content": chat_logprobs(tokenizer, told.tokens), "refusal": None}
+    if body.attention is not None:
+        details["attention"] = attention_of(told.looks)
+    return details
 
 
 def _as_delta(part: str | CallDelta) -> dict[str, Any]:
@@ -184,10 +194,8 @@ async def _whole(
         choices = []
         for index, written in enumerate(await completion.whole()):
             message, reason = _message(written, plan)
-            logprobs = None
-            if body.logprobs:
-                logprobs = {"content": chat_logprobs(service.tokenizer, written.tokens), "refusal": None}
-            choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
+            details = _details(service.tokenizer, body, written)
+            choices.append({"index": index, "message": message, **details, "finish_reason": reason})
         return JSONResponse({**envelope, "choices": choices, **await completion.ending()})
     finally:
         completion.close()

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from model.text.tokenizer import Tokenizer
 from service.api import body as request_body
+from service.api.attention import attention_of
 from service.api.connection import while_connected
 from service.api.logprobs import CompletionLogprobs, prompt_logprobs
 from service.api.schemas.completions import CompletionRequest
@@ -71,20 +72,21 @@ def _stream(
         ending = await completion.ending(with_usage=with_usage)
         return event({**envelope, "choices": [], **ending}) if ending else b""
 
-    if body.logprobs is not None:
-        with_logprobs = _LogprobsWriter(service, envelope, echoes, with_usage=with_usage)
-        return EventStream(completion, service.metrics, with_logprobs.write, last=last)
+    if body.logprobs is not None or body.attention is not None:
+        scribe = _Scribe(service, body, envelope, echoes)
+        return EventStream(completion, service.metrics, scribe.write, last=last)
     first = b"".join(writer.chunk(choice, echo, None) for choice, echo in enumerate(echoes) if echo)
     return EventStream(completion, service.metrics, write, first=first, last=last)
 
 
-class _LogprobsWriter:
-    """Chunks with log-probabilities, those of an echoed prompt before the others."""
+class _Scribe:
+    """Chunks of more than text: log-probabilities, those of an echoed prompt before the others; attention weights."""
 
     def __init__(
-        self, service: Service, envelope: Mapping[str, object], echoes: Sequence[str], *, with_usage: bool
+        self, service: Service, body: CompletionRequest, envelope: Mapping[str, object], echoes: Sequence[str]
     ) -> None:
-        self._envelope = {**envelope, **({"usage": None} if with_usage else {})}
+        self._envelope = {**envelope, **({"usage": None} if body.include_usage else {})}
+        self._body = body
         self._echoes = echoes
         self._tokenizer = service.tokenizer
         self._choices: dict[int, CompletionLogprobs] = {}
@@ -97,14 +99,13 @@ class _LogprobsWriter:
         if delta.choice not in self._choices:
             echo = self._echoes[delta.choice]
             self._choices[delta.choice] = _logprobs_behind(self._tokenizer, echo, delta.prompt)
-        text, entries = echo + delta.text, [*(delta.prompt if echo else ()), *delta.tokens]
-        logprobs = self._choices[delta.choice].write(entries)
-        choice = {
-            "index": delta.choice,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": delta.finish_reason,
-        }
+        choice = {"index": delta.choice, "text": echo + delta.text, "logprobs": None}
+        if self._body.logprobs is not None:
+            entries = [*(delta.prompt if echo else ()), *delta.tokens]
+            choice["logprobs"] = self._choices[delta.choice].write(entries)
+        if self._body.attention is not None:
+            choice["attention"] = attention_of(delta.looks)
+        choice["finish_reason"] = delta.finish_reason
         return event({**self._envelope, "choices": [choice]})
 
 
@@ -124,6 +125,8 @@ async def _whole(
                 choice["logprobs"] = _logprobs_behind(service.tokenizer, echo, written.prompt).write(entries)
             if body.prompt_logprobs is not None:
                 choice["prompt_logprobs"] = prompt_logprobs(service.tokenizer, written.prompt)
+            if body.attention is not None:
+                choice["attention"] = attention_of(written.looks)
             choices.append(choice)
         return JSONResponse({**envelope, "choices": choices, **await completion.ending()})
     finally:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from model.attention.weights import AttentionRequest
 from model.sampling.params import GrammarSpec, SamplingParams
 from model.text.tokenizer import Tokenizer
 from service import replica as replica_module
@@ -216,20 +217,22 @@ async def test_a_request_that_is_aborted_while_its_grammar_compiles_never_starts
     assert not replica._owners
 
 
-async def test_log_probabilities_cross_the_channel_for_those_who_ask(replica: EngineReplica) -> None:
+async def test_details_cross_the_channel_for_those_who_ask(replica: EngineReplica) -> None:
     params = SamplingParams(max_tokens=2, seed=1, ignore_eos=True, logprobs=1, prompt_logprobs=0)
-    await replica.submit("c", [Submission("a", Work([5] * 3, params), [], False), submission("b")], {})
+    work = Work([5] * 3, params, attention=AttentionRequest((1,), (0,), 2))
+    await replica.submit("c", [Submission("a", work, [], False), submission("b")], {})
     found = {"a": [], "b": []}
     async with asyncio.timeout(20):
         async for outputs in replica.channel("c", "r1"):
-            for request_id, _, _, _, logprobs in outputs:
-                found[request_id].append(logprobs)
+            for request_id, _, _, _, details in outputs:
+                found[request_id].append(details)
             if not replica._owners:
                 break
     assert set(found["b"]) == {None}
-    assert len(found["a"][0].prompt) == 3
-    assert found["a"][0].prompt[0] is None
-    assert [len(entry.top) for logprobs in found["a"] for entry in logprobs.tokens] == [1, 1]
+    assert len(found["a"][0].prompt_logprobs) == 3
+    assert found["a"][0].prompt_logprobs[0] is None
+    assert [len(entry.top) for details in found["a"] for entry in details.logprobs] == [1, 1]
+    assert [len(head.weights) for details in found["a"] for token in details.attention for head in token] == [2, 2]
 
 
 async def test_a_dead_engine_ends_the_channels_and_fails_the_health_check(replica: EngineReplica) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from model.attention.weights import AttentionRequest
 from model.errors import InvalidRequest
 from model.sampling.params import (
     MAX_LOGIT_BIAS,
@@ -21,6 +22,7 @@ MAX_STOP_LENGTH = 256
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenCount = Annotated[int, Field(ge=1, lt=2**31)]
+Index = Annotated[int, Field(ge=0)]
 NumTop = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -102,6 +104,14 @@ class StructuredOutputs(Strict):
         return GrammarSpec("lark", self.lark or "")
 
 
+class AttentionFields(Strict):
+    """Show with each token where these heads of these layers looked to choose it: the `top_k` heaviest positions."""
+
+    layers: Annotated[ListOf[Index], Field(min_length=1)]
+    heads: Annotated[ListOf[Index], Field(min_length=1)]
+    top_k: Annotated[int, Field(ge=1)] = 8
+
+
 class GenerationFields(Body):
     """What all endpoints that generate share. `None` means the default, as it does for OpenAI.
 
@@ -163,6 +173,11 @@ class GenerationFields(Body):
         return None
 
     @property
+    def inspection(self) -> AttentionRequest | None:
+        """The attention weights that are shown with each token."""
+        return None
+
+    @property
     def grammar(self) -> GrammarSpec | None:
         """What the output is held to."""
         return self.structured_outputs.grammar if self.structured_outputs is not None else None
@@ -189,6 +204,7 @@ class ChoiceFields(GenerationFields):
     max_tokens: TokenCount | None = None
     response_format: ResponseFormat | None = None
     stream_options: StreamOptions | None = None
+    attention: AttentionFields | None = None
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Self:
@@ -209,6 +225,13 @@ class ChoiceFields(GenerationFields):
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk that counts the tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def inspection(self) -> AttentionRequest | None:
+        """`attention`, as the engine takes it."""
+        if self.attention is None:
+            return None
+        return AttentionRequest(tuple(self.attention.layers), tuple(self.attention.heads), self.attention.top_k)
 
     @property
     def grammar(self) -> GrammarSpec | None:
