@@ -90,6 +90,25 @@ def test_other_dtypes_are_as_deterministic(tiny_llama, dtype):
     assert logprobs(new_engine(tiny_llama[0], dtype=dtype), make()) == alone
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_native_kernels_are_as_deterministic_without_being_asked(tiny_llama, dtype):
+    rng = random.Random(2)
+    options = {"dtype": dtype, "kernels": "native", "deterministic": False}
+    lone, alone = new_engine(tiny_llama[0], prefix_cache=False, num_threads=1, **options), {}
+    for request in random_requests(40, seed=6):
+        alone |= logprobs(lone, [request])
+    together, preempted = {}, 0
+    order = random_requests(40, seed=6)
+    while order:
+        batch, order = order[: (size := rng.randrange(4, 20))], order[size:]
+        tokens = {"max_num_batched_tokens": rng.choice([32, 50, 128]), "kv_cache_tokens": rng.choice([128, 256])}
+        engine = new_engine(tiny_llama[0], num_threads=2, **tokens, **options)
+        together |= logprobs(engine, batch)
+        preempted += engine.stats.num_preemptions
+    assert together == alone
+    assert preempted > 5
+
+
 def test_deterministic_attention_agrees_with_the_oracle(tiny_llama):
     plain = Engine.from_checkpoint(tiny_llama[0], EngineConfig(block_size=8))
     params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)

@@ -113,8 +113,14 @@ def test_embedding_and_sum(kernels):
     kernels.embed(row.data_ptr(), 37, 3.0, out.data_ptr())
     assert torch.equal(out, row.float() * 3.0)
     other = out.clone()
-    kernels.add(out.data_ptr(), other.data_ptr(), 37)
-    assert torch.equal(out, row.float() * 6.0)
+    kernels.add_scaled(out.data_ptr(), other.data_ptr(), 2.0, 37)
+    assert torch.equal(out, row.float() * 9.0)
+
+
+def test_the_odds_of_experts(kernels):
+    x, router, odds = random(37), random(5, 37, seed=1), torch.zeros(5)
+    kernels.route(x.data_ptr(), router.data_ptr(), 37, 5, odds.data_ptr())
+    torch.testing.assert_close(odds, (router @ x).softmax(dim=0), atol=1e-6, rtol=1e-5)
 
 
 def likeliest(kernels, logits: Tensor) -> tuple[int, float]:
@@ -376,4 +382,4 @@ def test_the_structs_of_python_are_those_of_c():
     # Sizes by the rules of the C ABI; a field forgotten on one side would shift all that follow.
     assert ctypes.sizeof(library.Linear) == 64
     assert ctypes.sizeof(library.Attention) == 96
-    assert ctypes.sizeof(library.Layer) == 6 * 24 + 4 * 64 + 96 + 3 * 8 + 16
+    assert ctypes.sizeof(library.Layer) == 6 * 24 + 4 * 64 + 48 + 96 + 3 * 8 + 16

@@ -15,7 +15,8 @@ INLINE int64_t group_at(const Attention *a, const int64_t *table, int64_t kv_hea
 static void store(const Attention *a, int64_t block, int64_t offset, const float *k, const float *v) {
     for (int64_t head = 0; head < a->num_kv_heads; head++) {
         int64_t base = ((block * a->num_kv_heads + head) * a->groups + offset / GROUP) * GROUP * a->padded_dim;
-        uint16_t *keys = a->keys + base + offset % GROUP * 2, *values = a->values + base + offset % GROUP * a->padded_dim;
+        uint16_t *keys = a->keys + base + offset % GROUP * 2;
+        uint16_t *values = a->values + base + offset % GROUP * a->padded_dim;
         for (int64_t i = 0; i < a->padded_dim; i += 16) {
             int64_t from = head * a->head_dim + i, count = a->head_dim - i;
             uint16_t key[16];
@@ -77,8 +78,8 @@ static void weigh(const float *weights, const uint16_t *const *values, int64_t c
     }
 }
 
-// Scores of SPAN keys from `start` on become weights, in place: 0 for what the row does not see. Moves the row's maximum
-// and sum on; returns by how much what was summed before shrinks.
+// Scores of SPAN keys from `start` on become weights, in place: 0 for what the row does not see. Moves the row's
+// maximum and sum on; returns by how much what was summed before shrinks.
 static float soften(const Attention *a, int64_t position, int64_t start, float *scores, float *largest_so_far,
                     float *total) {
     const Ints newest = splat((int32_t)position), oldest = splat((int32_t)(a->window ? position - a->window + 1 : 0));
@@ -144,7 +145,8 @@ static void attend(const Attention *a, const int64_t *table, const Query *querie
                                        scores + r * ROW + g * run);
         }
         for (int64_t r = 0; r < rows; r++)
-            shrink[r] = soften(a, queries[r].position, start, scores + r * ROW, softmax->largest + r, softmax->total + r);
+            shrink[r] =
+                soften(a, queries[r].position, start, scores + r * ROW, softmax->largest + r, softmax->total + r);
         for (int64_t r = 0, height; r < rows; r += height) {
             height = rows - r < HALF_ROWS ? rows - r : HALF_ROWS;
             weigh_rows[height - 1](scores + r * ROW, values, count, shrink + r, dim, softmax->weighted + r * dim);

@@ -59,12 +59,13 @@ def find_compiler() -> str:
 
 def compilation_units() -> dict[Path, list[str]]:
     """The source files of this machine's library, each with the flags of its instruction set."""
-    units: dict[Path, list[str]] = {
-        SOURCES / f"{name}.cpp": [] for name in ("team", "check", "step", "kernels_portable")
-    }
-    if platform.machine() in ("x86_64", "AMD64"):
-        units[SOURCES / "kernels_avx2.cpp"] = AVX2
-        units[SOURCES / "kernels_avx512.cpp"] = [*AVX2, *AVX512]
+    units: dict[Path, list[str]] = {source: [] for source in sorted(SOURCES.glob("*.cpp"))}
+    for name, flags in (("kernels_avx2", AVX2), ("kernels_avx512", [*AVX2, *AVX512])):
+        source = SOURCES / f"{name}.cpp"
+        if platform.machine() in ("x86_64", "AMD64"):
+            units[source] = flags
+        else:
+            del units[source]
     return units
 
 

@@ -1,5 +1,5 @@
 // What a step reads through, it checks first: past a table it would crash, or store into another request's block.
-#include "step.h"
+#include "model.h"
 
 static Verdict check_sequence(const Model &model, const Batch &batch, int64_t seq) {
     const int64_t block_size = model.layers[0].attention.block_size;
@@ -23,7 +23,8 @@ static Verdict check_sequence(const Model &model, const Batch &batch, int64_t se
 
 Verdict check(const Model &model, const Batch &batch) {
     if (batch.num_tokens < 1 || batch.num_tokens > model.max_tokens) return {TOO_MANY_TOKENS, 0, batch.num_tokens};
-    if (batch.num_seqs < 1 || batch.query_start_loc[0] != 0 || batch.query_start_loc[batch.num_seqs] != batch.num_tokens)
+    const int64_t *starts = batch.query_start_loc;
+    if (batch.num_seqs < 1 || starts[0] != 0 || starts[batch.num_seqs] != batch.num_tokens)
         return {BAD_LAYOUT, 0, batch.num_seqs};
     for (int64_t seq = 0; seq < batch.num_seqs; seq++)
         if (const Verdict verdict = check_sequence(model, batch, seq); verdict.refusal != TAKEN) return verdict;

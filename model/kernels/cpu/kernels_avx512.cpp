@@ -4,5 +4,6 @@
 #include "rows.h"
 
 extern const Kernels kernels_avx512 = {
-    embed, add, normalize, encode_int8, encode_bf16, linear_int8, linear_bf16, rotate, store, attend, merge, likeliest, finish,
+    embed, add_scaled, normalize, encode_int8, encode_bf16, linear_int8, linear_bf16, rotate, store,
+    attend, merge, route, likeliest, finish,
 };

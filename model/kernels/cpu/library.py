@@ -1,4 +1,4 @@
-"""The native library through ctypes: its structs, twins of those in `native.h` and `step.h`, and its functions.
+"""The native library through ctypes: its structs, twins of those in `native.h` and `model.h`, and its functions.
 
 A call releases the interpreter lock.
 """
@@ -73,18 +73,26 @@ class Softmax(Structure):
     _fields_ = _fields(largest=c_float * 12, total=c_float * 12, weighted=c_void_p)
 
 
+class Experts(Structure):
+    """See model.h. All zeros: there are none."""
+
+    _fields_ = _fields(
+        router=c_void_p, up=c_void_p, down=c_void_p, count=c_int64, num_chosen=c_int64, normalize=c_int64
+    )  # fmt: skip
+
+
 class Layer(Structure):
-    """See step.h."""
+    """See model.h."""
 
     _fields_ = _fields(
         attention_norm=Norm, attention_post_norm=Norm, mlp_norm=Norm, mlp_post_norm=Norm, q_norm=Norm, k_norm=Norm,
-        qkv=Linear, output=Linear, up=Linear, down=Linear, attention=Attention, cos=c_void_p, sin=c_void_p,
-        rotary_half=c_int64, activation=c_int32, gated=c_int32, norm_whole=c_int32,
+        qkv=Linear, output=Linear, up=Linear, down=Linear, experts=Experts, attention=Attention, cos=c_void_p,
+        sin=c_void_p, rotary_half=c_int64, activation=c_int32, gated=c_int32, norm_whole=c_int32,
     )  # fmt: skip
 
 
 class Model(Structure):
-    """See step.h."""
+    """See model.h."""
 
     _fields_ = _fields(
         embedding=c_void_p, position_embedding=c_void_p, layers=c_void_p, norm=Norm, head=Linear,
@@ -94,7 +102,7 @@ class Model(Structure):
 
 
 class Batch(Structure):
-    """See step.h."""
+    """See model.h."""
 
     _fields_ = _fields(
         token_ids=c_void_p, positions=c_void_p, query_start_loc=c_void_p, block_tables=c_void_p, sample_rows=c_void_p,
@@ -104,7 +112,7 @@ class Batch(Structure):
 
 
 class Verdict(Structure):
-    """See step.h."""
+    """See model.h."""
 
     _fields_ = _fields(refusal=c_int64, index=c_int64, value=c_int64)
 
@@ -117,7 +125,7 @@ class Kernels(Structure):
 
     _fields_ = _fields(
         embed=CFUNCTYPE(None, c_void_p, c_int64, c_float, c_void_p),
-        add=CFUNCTYPE(None, c_void_p, c_void_p, c_int64),
+        add_scaled=CFUNCTYPE(None, c_void_p, c_void_p, c_float, c_int64),
         normalize=CFUNCTYPE(None, POINTER(Norm), c_void_p, c_int64, c_void_p),
         encode_int8=CFUNCTYPE(None, c_void_p, c_int64, c_void_p, c_int64, c_void_p),
         encode_bf16=CFUNCTYPE(None, c_void_p, c_int64, c_void_p, c_int64),
@@ -129,6 +137,7 @@ class Kernels(Structure):
             None, POINTER(Attention), c_void_p, POINTER(Query), c_int64, c_int64, c_int64, c_int64, POINTER(Softmax)
         ),
         merge=CFUNCTYPE(None, POINTER(Softmax), POINTER(Softmax), c_int64, c_int64),
+        route=CFUNCTYPE(None, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
         likeliest=CFUNCTYPE(None, c_void_p, c_int64, c_void_p, c_void_p),
         finish=CFUNCTYPE(None, POINTER(Attention), POINTER(Softmax), c_int64, c_int64, c_void_p),
     )

@@ -9,7 +9,8 @@ INLINE void prefetch(const char *next, int64_t offset) { __builtin_prefetch(next
 
 // [R][32] results of one panel into `out`. next: the panel that this thread computes afterwards, fetched meanwhile.
 template <int R>
-static void tile_int8(const Linear *linear, const Rows *rows, int64_t first, int64_t panel, float *out, const char *next) {
+static void tile_int8(const Linear *linear, const Rows *rows, int64_t first, int64_t panel, float *out,
+                      const char *next) {
     const int8_t *w = (const int8_t *)linear->weight + panel * PANEL * linear->stride;
     const uint8_t *x = rows->data + first * rows->stride;
     Ints sums[R][2];
@@ -37,7 +38,8 @@ static void tile_int8(const Linear *linear, const Rows *rows, int64_t first, int
 }
 
 template <int R>
-static void tile_bf16(const Linear *linear, const Rows *rows, int64_t first, int64_t panel, float *out, const char *next) {
+static void tile_bf16(const Linear *linear, const Rows *rows, int64_t first, int64_t panel, float *out,
+                      const char *next) {
     const uint16_t *w = (const uint16_t *)linear->weight + panel * PANEL * linear->stride / 2;
     const uint8_t *x = rows->data + first * rows->stride;
     Floats sums[R][2];
@@ -99,8 +101,8 @@ static void finish_tile(const Epilogue *epilogue, const float *tile, int64_t fir
 typedef void (*Tile)(const Linear *, const Rows *, int64_t first, int64_t panel, float *out, const char *next);
 
 // Panel `panel` (for GATE: the pair 2 * panel, 2 * panel + 1) of all rows, in tiles of equal height.
-static void run_panel(const Tile *tiles, const Linear *linear, const Rows *rows, int64_t panel, const Epilogue *epilogue,
-                      int64_t next_panel) {
+static void run_panel(const Tile *tiles, const Linear *linear, const Rows *rows, int64_t panel,
+                      const Epilogue *epilogue, int64_t next_panel) {
     const int64_t pair = epilogue->then == GATE ? 2 : 1, bytes = PANEL * linear->stride;
     const int64_t num_tiles = (rows->count + MAX_ROWS - 1) / MAX_ROWS;
     float tile[2 * MAX_ROWS * PANEL];
@@ -108,8 +110,8 @@ static void run_panel(const Tile *tiles, const Linear *linear, const Rows *rows,
         const int64_t first = rows->count * t / num_tiles, height = rows->count * (t + 1) / num_tiles - first;
         for (int64_t part = 0; part < pair; part++) {
             const bool fetch = t == 0 && next_panel * pair < linear->panels;
-            const char *next = (const char *)linear->weight + (next_panel * pair + part) * bytes;
-            tiles[height - 1](linear, rows, first, pair * panel + part, tile + part * MAX_ROWS * PANEL, fetch ? next : nullptr);
+            const char *next = fetch ? (const char *)linear->weight + (next_panel * pair + part) * bytes : nullptr;
+            tiles[height - 1](linear, rows, first, pair * panel + part, tile + part * MAX_ROWS * PANEL, next);
         }
         finish_tile(epilogue, tile, first, height, panel);
     }

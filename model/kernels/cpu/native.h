@@ -52,9 +52,10 @@ struct Epilogue {
 };
 
 // Causal attention of one layer. Query heads h * group_size and on share key/value head h.
-// keys: bf16 [blocks][num_kv_heads][groups][padded_dim / 2][16][2]; values: [blocks][num_kv_heads][groups][16][padded_dim].
+// keys: bf16 [blocks][num_kv_heads][groups][padded_dim / 2][16][2]; values: [blocks][num_kv_heads][groups][16]
+// [padded_dim].
 // window: keys that a query sees, itself included (0: all); the first `sink_tokens` stay visible beyond it.
-// softcap: scores become cap * tanh(score / cap) (0: they do not). sinks: [num_heads] logits that only take weight away.
+// softcap: scores become cap * tanh(score / cap) (0: they do not). sinks: [num_heads] logits that take weight away.
 struct Attention {
     uint16_t *keys, *values;
     const float *sinks;
@@ -69,7 +70,8 @@ struct Query {
     int64_t position;
 };
 
-// The softmax of up to TILE_ROWS rows so far: running maximum, sum of weights, weighted sum of values [row][padded_dim].
+// The softmax of up to TILE_ROWS rows so far: largest score, sum of weights, weighted sum of values.
+// weighted: [rows, padded_dim].
 struct Softmax {
     float largest[TILE_ROWS], total[TILE_ROWS];
     float *weighted;
@@ -78,7 +80,7 @@ struct Softmax {
 // One instruction set's kernels. Their twins in torch are in tests/model/test_native_kernels.py.
 struct Kernels {
     void (*embed)(const uint16_t *row, int64_t width, float scale, float *out);
-    void (*add)(float *x, const float *y, int64_t width);
+    void (*add_scaled)(float *x, const float *y, float scale, int64_t width);
     void (*normalize)(const Norm *, const float *x, int64_t width, float *out);
     void (*encode_int8)(const float *x, int64_t width, uint8_t *out, int64_t stride, float *scale);
     void (*encode_bf16)(const float *x, int64_t width, uint16_t *out, int64_t stride);
@@ -89,6 +91,7 @@ struct Kernels {
     void (*attend)(const Attention *, const int64_t *table, const Query *, int64_t rows, int64_t kv_head, int64_t begin,
                    int64_t end, Softmax *);
     void (*merge)(Softmax *, const Softmax *later, int64_t rows, int64_t padded_dim);
+    void (*route)(const float *x, const float *router, int64_t width, int64_t num_experts, float *odds);
     void (*likeliest)(const float *logits, int64_t width, int64_t *index, float *value);
     void (*finish)(const Attention *, const Softmax *, int64_t row, int64_t head, float *out);
 };

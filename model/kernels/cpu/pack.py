@@ -100,11 +100,12 @@ class Arena:
         return self._kept[-1].data_ptr()
 
 
-def release(module: nn.Module) -> None:
-    """Give up a map's own copy of its weight: it is packed."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    weight.data = torch.empty(0, dtype=weight.dtype)
+def release(*modules: nn.Module) -> None:
+    """Give up the maps' own copies of their weights: they are packed."""
+    for module in modules:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        weight.data = torch.empty(0, dtype=weight.dtype)
 
 
 def pad_first(x: Tensor, multiple: int) -> Tensor:

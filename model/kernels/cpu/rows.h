@@ -12,8 +12,9 @@ static void embed(const uint16_t *row, int64_t width, float scale, float *out) {
     }
 }
 
-static void add(float *x, const float *y, int64_t width) {
-    for (int64_t i = 0; i < width; i++) x[i] += y[i];
+// x += y * scale.
+static void add_scaled(float *x, const float *y, float scale, int64_t width) {
+    for (int64_t i = 0; i < width; i++) x[i] += y[i] * scale;
 }
 
 // x / rms(x) * weight, or (x - mean) / deviation * weight + bias. `out` may be `x`.
@@ -81,6 +82,20 @@ static void rotate(float *head, const float *cos, const float *sin, int64_t half
         save_first(head + i, a * c - b * s, half - i);
         save_first(head + half + i, b * c + a * s, half - i);
     }
+}
+
+// softmax(router x): how likely each expert is. router: [num_experts, width]; odds: [num_experts].
+static void route(const float *x, const float *router, int64_t width, int64_t num_experts, float *odds) {
+    float top = -INFINITY, total = 0.0f;
+    for (int64_t e = 0; e < num_experts; e++) {
+        Floats products = splat(0.0f);
+        for (int64_t i = 0; i < width; i += 16)
+            products = products + load_first(x + i, width - i) * load_first(router + e * width + i, width - i);
+        odds[e] = sum(products);
+        top = top < odds[e] ? odds[e] : top;
+    }
+    for (int64_t e = 0; e < num_experts; e++) total += odds[e] = exp_of(odds[e] - top);
+    for (int64_t e = 0; e < num_experts; e++) odds[e] /= total;
 }
 
 // The largest of a row of logits, the first of equals; NaN if there is one among them, as torch's max has it.

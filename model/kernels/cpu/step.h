@@ -1,47 +1,72 @@
-// One step of a decoder: rows of (token, position, block table) in, hidden states and logits out.
+// The step of one decoder: its memory, and the phases that all threads share out, one after another.
 #pragma once
-#include "native.h"
+#include "model.h"
+#include "routing.h"
 #include "team.h"
 
-// One layer. Norms of kind NO_NORM are left out. up: where gated, panels of gate and up take turns.
-// q_norm, k_norm: over each head, or (norm_whole) over all heads at once. cos, sin: [max_positions, rotary_half].
-struct Layer {
-    Norm attention_norm, attention_post_norm, mlp_norm, mlp_post_norm, q_norm, k_norm;
-    Linear qkv, output, up, down;
-    Attention attention;
-    const float *cos, *sin;
-    int64_t rotary_half;
-    Activation activation;
-    int32_t gated, norm_whole;
+constexpr int64_t PHASES_A_LAYER = 14, OTHER_PHASES = 5;
+constexpr int64_t UNITS_A_THREAD = 4;  // with fewer, the context of each is split over the threads
+
+inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Consecutive tokens of one sequence that attend together.
+struct Tile {
+    int64_t seq, first, tokens;
 };
 
-// embedding: [vocab_size, hidden_size] bf16; position_embedding: [max_positions, hidden_size] bf16 or null.
-struct Model {
-    const uint16_t *embedding, *position_embedding;
-    const Layer *layers;
-    Norm norm;
-    Linear head;
-    int64_t vocab_size, hidden_size, num_layers, max_positions, num_blocks, max_tokens, num_threads;
-    float embedding_scale, final_cap;
-    int32_t instruction_set;
-};
+class Step {
+  public:
+    Step(const Model &model, const Kernels &kernels);
+    ~Step();
+    void run(const Batch &batch);
+    void run_head(const float *hidden, int64_t stride, const int64_t *picked, int64_t count, float *logits);
 
-// The sequences of a step, as model.attention.plan.AttentionPlan lays them out; num_samples rows get logits,
-// [num_samples, head.panels * 32], with the largest of each row and its index. Where queries is not null, each layer's
-// queries of these rows are kept there, [num_layers, num_samples, num_heads, padded_dim] bf16.
-struct Batch {
-    const int64_t *token_ids, *positions, *query_start_loc, *block_tables, *sample_rows;
-    float *logits, *largest;
-    int64_t *likeliest;
+    const Model model;
+    const int64_t hidden_stride;
+    float *hidden;         // [max_tokens, hidden_stride]: after the final norm
+    bool complete = true;  // there was memory for everything
+
+  private:
+    template <class T>
+    T *buffer(int64_t count);
+    void layer(Member &, const Layer &);
+    void embed(int64_t row);
+    const float *enter(int64_t row, const Norm &after, const Norm &before);
+    void encode(const Linear &, const float *x, int64_t row);
+    void multiply(Member &, const Linear &, Epilogue, int64_t num_rows);
+    void add_product(Member &, const Linear &, const Norm &after);
+    void mlp(Member &, const Layer &);
+    void mixture(Member &, const Layer &);
+    void multiply_groups(Member &, const Linear *, Epilogue);
+    void place(const Layer &, int64_t row);
+    void keep_queries(int64_t layer);
+    void plan_tiles();
+    void attend(Member &, const Attention &);
+    Softmax attend_split(const Attention &, int64_t unit, int64_t split, float *weighted);
+    void finish(const Attention &, int64_t unit, const Softmax &);
+    void head(Member &);
+
+    struct Unit {  // a tile's queries that share one key/value head
+        const Tile *tile;
+        int64_t kv_head, first_head, num_heads, num_rows, end;
+    };
+    Unit unit_at(const Attention &, int64_t unit) const;
+
+    const Kernels &k;
+    Team team;
+    Routing *routing;
+    int64_t wide_stride = 0, row_bytes = 0, q_stride = 0, num_units = 0, num_splits = 0, num_tiles = 0, max_dim = 0;
+    float *x, *y, *wide, *attended, *scales, *partial, *expert_out;
+    Softmax *softmaxes;
     uint16_t *queries;
-    int64_t num_tokens, num_seqs, max_blocks, num_samples;
+    uint8_t *encoded;
+    Tile *tiles;
+    Batch batch{};
+    struct {
+        const float *hidden;
+        int64_t stride, count;
+        const int64_t *picked;
+        float *logits;
+    } to_score{};
 };
-
-// Why a batch was refused, and where. Nothing was computed or stored then.
-enum Refusal : int64_t { TAKEN, TOO_MANY_TOKENS, BAD_LAYOUT, BAD_TOKEN, BAD_POSITION, BAD_BLOCK, BAD_SAMPLE };
-struct Verdict {
-    Refusal refusal;
-    int64_t index, value;
-};
-
-Verdict check(const Model &, const Batch &);

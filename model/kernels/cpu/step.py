@@ -13,12 +13,12 @@ from model.attention.plan import AttentionPlan
 from model.cache.packed import PackedPool
 from model.config import EngineConfig
 from model.decoder import Decoder, DecoderLayer
-from model.errors import StepError
+from model.errors import ConfigError, StepError
 from model.kernels.cpu import library
 from model.kernels.cpu.build import NoLibrary
 from model.kernels.cpu.library import ACTIVATIONS, INSTRUCTION_SETS, NORMS, PANEL
 from model.kernels.cpu.pack import Arena, Matrix, interleave, release, up
-from model.layers import MLP, Int8Linear, LayerNorm, RMSNorm
+from model.layers import MLP, Int8Linear, LayerNorm, MixtureOfExperts, RMSNorm
 from model.rotary import Rotary
 
 # Before an engine takes torch's threads down: as many as torch would use.
@@ -54,8 +54,6 @@ def why_not(decoder: Decoder, config: EngineConfig) -> str | None:
 
 def _why_not_shape(decoder: Decoder) -> str | None:
     layers = [layer for layer in decoder.layers if isinstance(layer, DecoderLayer)]
-    if any(not isinstance(layer.mlp, MLP) for layer in layers):
-        return "it has a mixture of experts"
     if any(layer.scores.energy is not None or layer.scores.query_projection is not None for layer in layers):
         return f"its score function is {decoder.config.attention}, unfolded"
     if any(rotary.config.scaling == "dynamic" for rotary in _rotaries(decoder)):
@@ -95,6 +93,7 @@ class NativeStep:
         self.config, self.pool = decoder.config, pool
         self._library = library.load()
         self._arena = arena = Arena(_shapes(decoder))
+        self._expert_maps: list[ctypes.Array[library.Linear]] = []  # kept alive: the structs point there
         # In order of use, so that the arena is read from its start to its end.
         tables = [(arena.keep(rotary.cos.float()), arena.keep(rotary.sin.float())) for rotary in _rotaries(decoder)]
         layers = [self._layer(decoder, index, tables) for index in range(self.config.num_layers)]
@@ -122,6 +121,8 @@ class NativeStep:
             instruction_set=INSTRUCTION_SETS.index(instruction_set or self._library.instruction_sets[-1]),
         )
         self._step = self._library.create(byref(model))
+        if not self._step:
+            raise ConfigError(f"no memory for the native step's buffers of {max_tokens} tokens; lower the token budget")
         weakref.finalize(self, self._library.destroy, self._step)
         self._vocab = head.panels * PANEL
         self._logits = torch.from_numpy(np.zeros((max_tokens, self._vocab), dtype=np.float32))
@@ -187,8 +188,6 @@ class NativeStep:
     def _layer(self, decoder: Decoder, index: int, tables: list[tuple[int | None, int | None]]) -> library.Layer:
         layer, config, pack = decoder.layers[index], self.config, self._arena.pack
         assert isinstance(layer, DecoderLayer)
-        assert isinstance(layer.mlp, MLP)
-        gate_up = Matrix.of(layer.mlp.gate_up)
         packed = library.Layer(
             attention_norm=self._norm(layer.attention_norm),
             attention_post_norm=self._norm(layer.attention_post_norm),
@@ -199,19 +198,40 @@ class NativeStep:
             norm_whole=config.qk_norm == "projection",
             qkv=pack(Matrix.of(layer.qkv).padded()),
             output=pack(Matrix.of(layer.output).padded()),
-            up=pack(interleave(gate_up) if layer.mlp.gated else gate_up.padded()),
-            down=pack(Matrix.of(layer.mlp.down).padded()),
             attention=self._attention(layer, index),
             activation=ACTIVATIONS[config.activation],
-            gated=layer.mlp.gated,
+            gated=config.gated_mlp,
         )
+        if isinstance(layer.mlp, MixtureOfExperts):
+            packed.experts = self._experts(layer.mlp)
+        else:
+            packed.up, packed.down = self._mlp(layer.mlp)
         rope = config.rope_of(index)
         for rotary, (cos, sin) in zip(_rotaries(decoder), tables, strict=True):
             if rotary.config == rope:
                 packed.cos, packed.sin, packed.rotary_half = cos, sin, rotary.rotary_dim // 2
-        for module in (layer.qkv, layer.output, layer.mlp.gate_up, layer.mlp.down):
-            release(module)
+        release(layer.qkv, layer.output)
         return packed
+
+    def _mlp(self, mlp: nn.Module) -> tuple[library.Linear, library.Linear]:
+        assert isinstance(mlp, MLP)
+        gate_up, pack = Matrix.of(mlp.gate_up), self._arena.pack
+        packed = pack(interleave(gate_up) if mlp.gated else gate_up.padded()), pack(Matrix.of(mlp.down).padded())
+        release(mlp.gate_up, mlp.down)
+        return packed
+
+    def _experts(self, mixture: MixtureOfExperts) -> library.Experts:
+        ups, downs = zip(*(self._mlp(expert) for expert in mixture.experts), strict=True)
+        packed = (library.Linear * len(ups))(*ups), (library.Linear * len(downs))(*downs)
+        self._expert_maps += packed
+        return library.Experts(
+            router=self._arena.keep(mixture.router.float()),
+            up=ctypes.addressof(packed[0]),
+            down=ctypes.addressof(packed[1]),
+            count=len(ups),
+            num_chosen=mixture.num_chosen,
+            normalize=mixture.normalize,
+        )
 
     def _attention(self, layer: DecoderLayer, index: int) -> library.Attention:
         config, pool, scores = self.config, self.pool, layer.scores
@@ -249,9 +269,10 @@ def _shapes(decoder: Decoder) -> list[tuple[int, int, torch.dtype]]:
     shapes = []
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)
-        assert isinstance(layer.mlp, MLP)
-        shapes += [_shape(layer.qkv), _shape(layer.output), _shape(layer.mlp.down)]
-        shapes.append(_shape(layer.mlp.gate_up, parts=1 + layer.mlp.gated))
+        shapes += [_shape(layer.qkv), _shape(layer.output)]
+        for mlp in layer.mlp.experts if isinstance(layer.mlp, MixtureOfExperts) else [layer.mlp]:
+            assert isinstance(mlp, MLP)
+            shapes += [_shape(mlp.gate_up, parts=1 + mlp.gated), _shape(mlp.down)]
     return [*shapes, _shape(decoder.head)]
 
 

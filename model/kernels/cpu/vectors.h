@@ -135,7 +135,8 @@ INLINE void to_bf16(uint16_t *p, Floats a) {  // to nearest, ties to even; every
 // then carry 128 times the weights, which `without_offset` takes off. AVX2 multiplies signed values outright.
 INLINE Ints dot_bytes(Ints sums, uint32_t x, const int8_t *w) {
 #if defined(__AVX512VNNI__)
-    sums.part[0] = (IntPart)_mm512_dpbusd_epi32((__m512i)sums.part[0], _mm512_set1_epi32((int)x), _mm512_loadu_si512(w));
+    __m512i four = _mm512_set1_epi32((int)x), weight = _mm512_loadu_si512(w);
+    sums.part[0] = (IntPart)_mm512_dpbusd_epi32((__m512i)sums.part[0], four, weight);
 #elif defined(__AVX2__)
     __m256i value = _mm256_set1_epi32((int)(x ^ 0x80808080u));
     EACH {
@@ -175,7 +176,8 @@ INLINE Floats dot_pairs(Floats sums, uint32_t x, const uint16_t *w) {
 
 INLINE uint32_t word(const void *p) { uint32_t x; memcpy(&x, p, 4); return x; }
 
-// e^x within 2 units in the last place; e^0 is exactly 1, what is below -87 gives 0, NaN stays NaN (Cody and Waite 1980).
+// e^x within 2 units in the last place; e^0 is exactly 1, what is below -87 gives 0, NaN stays NaN (Cody and Waite
+// 1980).
 INLINE Floats exp(Floats x) {
     Floats clamped = select(splat(88.0f) < x, splat(88.0f), x);
     Floats shifted = fma(clamped, splat(1.44269504f), splat(12582912.0f));  // the integer part is in the low bits

@@ -1,0 +1,112 @@
+// The part of a step between a layer's first product and its second: place queries, keys and values, then attend.
+#include <string.h>
+
+#include "step.h"
+
+// Norm and turn a row's queries and keys, store its keys and values, leave its queries in bf16.
+void Step::place(const Layer &l, int64_t row) {
+    const Attention &a = l.attention;
+    const int64_t dim = a.head_dim, position = batch.positions[row], num_turned = a.num_heads + a.num_kv_heads;
+    float *q = wide + row * wide_stride, *key = q + a.num_heads * dim;
+    if (l.norm_whole) {
+        k.normalize(&l.q_norm, q, a.num_heads * dim, q);
+        k.normalize(&l.k_norm, key, a.num_kv_heads * dim, key);
+    }
+    for (int64_t head = 0; head < num_turned; head++) {
+        const Norm &norm = head < a.num_heads ? l.q_norm : l.k_norm;
+        if (norm.kind != NO_NORM && !l.norm_whole) k.normalize(&norm, q + head * dim, dim, q + head * dim);
+        if (l.rotary_half)
+            k.rotate(q + head * dim, l.cos + position * l.rotary_half, l.sin + position * l.rotary_half, l.rotary_half);
+    }
+    for (int64_t head = 0; head < a.num_heads; head++)
+        k.encode_bf16(q + head * dim, dim, queries + row * q_stride + head * a.padded_dim, a.padded_dim);
+    int64_t seq = 0;  // the last sequence that starts at or before the row
+    for (int64_t high = batch.num_seqs; high - seq > 1;) {
+        const int64_t middle = (seq + high) / 2;
+        if (batch.query_start_loc[middle] <= row)
+            seq = middle;
+        else
+            high = middle;
+    }
+    const int64_t block = batch.block_tables[seq * batch.max_blocks + position / a.block_size];
+    k.store(&a, block, position % a.block_size, key, key + a.num_kv_heads * dim);
+}
+
+void Step::keep_queries(int64_t layer) {
+    uint16_t *kept = batch.queries + layer * batch.num_samples * q_stride;
+    for (int64_t i = 0; i < batch.num_samples; i++)
+        memcpy(kept + i * q_stride, queries + batch.sample_rows[i] * q_stride, q_stride * sizeof(uint16_t));
+}
+
+void Step::plan_tiles() {
+    const Attention &a = model.layers[0].attention;
+    const int64_t group_size = a.num_heads / a.num_kv_heads, tokens = larger(1, TILE_ROWS / group_size);
+    int64_t longest = 0;
+    num_tiles = 0;
+    for (int64_t seq = 0; seq < batch.num_seqs; seq++) {
+        const int64_t last = batch.query_start_loc[seq + 1];
+        for (int64_t row = batch.query_start_loc[seq]; row < last; row += tokens)
+            tiles[num_tiles++] = {seq, row, last - row < tokens ? last - row : tokens};
+        longest = larger(longest, batch.positions[last - 1] + 1);
+    }
+    num_units = num_tiles * a.num_kv_heads * ceil_div(group_size, TILE_ROWS);
+    num_splits = ceil_div(longest, SPLIT);
+}
+
+Step::Unit Step::unit_at(const Attention &a, int64_t unit) const {
+    const int64_t group_size = a.num_heads / a.num_kv_heads, chunks = ceil_div(group_size, TILE_ROWS);
+    const int64_t kv_head = unit / chunks % a.num_kv_heads, from = unit % chunks * TILE_ROWS;
+    // The last tiles of a long prompt have the most to do: they are taken first.
+    const Tile &tile = tiles[num_tiles - 1 - unit / chunks / a.num_kv_heads];
+    const int64_t num_heads = group_size - from < TILE_ROWS ? group_size - from : TILE_ROWS;
+    const int64_t last = tile.first + tile.tokens - 1;
+    return {&tile, kv_head, kv_head * group_size + from, num_heads, tile.tokens * num_heads, batch.positions[last] + 1};
+}
+
+void Step::attend(Member &me, const Attention &a) {
+    const int64_t size = TILE_ROWS * max_dim;
+    if (num_units < UNITS_A_THREAD * team.size && num_splits > 1) {
+        me.share(num_units * num_splits, [&](int64_t i, int64_t) {
+            softmaxes[i] = attend_split(a, i / num_splits, i % num_splits, partial + i * size);
+        });
+        me.share(num_units, [&](int64_t unit, int64_t) {
+            Softmax &all = softmaxes[unit * num_splits];
+            for (int64_t split = 1; split < num_splits; split++)
+                k.merge(&all, &softmaxes[unit * num_splits + split], unit_at(a, unit).num_rows, a.padded_dim);
+            finish(a, unit, all);
+        });
+        return;
+    }
+    float *own = partial + (UNITS_A_THREAD * team.size * ceil_div(model.max_positions, SPLIT) + 2 * me.index) * size;
+    me.share(num_units, [&](int64_t unit, int64_t) {
+        const Unit its = unit_at(a, unit);
+        Softmax all = attend_split(a, unit, 0, own);
+        for (int64_t split = 1; split * SPLIT < its.end; split++) {
+            const Softmax later = attend_split(a, unit, split, own + size);
+            k.merge(&all, &later, its.num_rows, a.padded_dim);
+        }
+        finish(a, unit, all);
+    });
+}
+
+Softmax Step::attend_split(const Attention &a, int64_t index, int64_t split, float *weighted) {
+    const Unit unit = unit_at(a, index);
+    const int64_t stop = (split + 1) * SPLIT;
+    Query q[TILE_ROWS];
+    for (int64_t r = 0; r < unit.num_rows; r++) {
+        const int64_t row = unit.tile->first + r / unit.num_heads, head = unit.first_head + r % unit.num_heads;
+        q[r] = {queries + row * q_stride + head * a.padded_dim, batch.positions[row]};
+    }
+    Softmax softmax{{}, {}, weighted};
+    const int64_t *table = batch.block_tables + unit.tile->seq * batch.max_blocks;
+    k.attend(&a, table, q, unit.num_rows, unit.kv_head, split * SPLIT, unit.end < stop ? unit.end : stop, &softmax);
+    return softmax;
+}
+
+void Step::finish(const Attention &a, int64_t index, const Softmax &softmax) {
+    const Unit unit = unit_at(a, index);
+    for (int64_t r = 0; r < unit.num_rows; r++) {
+        const int64_t row = unit.tile->first + r / unit.num_heads, head = unit.first_head + r % unit.num_heads;
+        k.finish(&a, &softmax, r, head, attended + (row * a.num_heads + head) * a.head_dim);
+    }
+}
