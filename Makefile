@@ -8,6 +8,7 @@ REPLICAS ?= 1
 MODEL    ?= model/checkpoints/storyteller
 ARGS     ?=
 HOST     ?= http://127.0.0.1:$(PORT)
+SLO      ?= --slo ttft_p99=300ms --slo tpot_p99=30ms
 
 # Engines to compare with: their own Python, and llama.cpp from the source distribution of its Python binding.
 PEERS      ?= .venv-peers
@@ -15,7 +16,7 @@ PEERS_JOBS ?= 1
 LLAMA_CPP  := 0.3.36
 
 .DELETE_ON_ERROR:
-.PHONY: serve test faults check coverage loadtest train compatibility evaluate peers lock clean
+.PHONY: serve test faults check coverage loadtest capacity train compatibility evaluate peers lock clean
 
 serve: $(VENV)/.serve
 	@exec $(BIN)/attendant serve --model "$(MODEL)" --port $(PORT) --replicas $(REPLICAS) $(ARGS)
@@ -37,7 +38,11 @@ check: $(VENV)/.test $(VENV)/.train $(VENV)/.load
 	$(BIN)/mypy
 
 loadtest: $(VENV)/.load
-	$(BIN)/locust --config loadtest/locust.conf --host $(HOST) $(ARGS)
+	$(BIN)/attendant-load run --host $(HOST) $(ARGS)
+
+# The highest rate that keeps these objectives: about ten minutes with the service to itself.
+capacity: $(VENV)/.load
+	$(BIN)/attendant-load capacity --host $(HOST) $(SLO) $(ARGS)
 
 train: $(VENV)/.train
 	$(BIN)/attendant train --out runs/storyteller $(ARGS)

@@ -53,6 +53,7 @@ def summarize(run: Run) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "seconds": seconds,
         "requests": len(measured),
+        "in_flight": _in_flight(results.records, window),
         **{name: outcomes[name] for name in ("ok", "cancelled", "refused", "failed")},
         "error_rate": (outcomes["refused"] + outcomes["failed"]) / len(measured) if measured else math.nan,
         "requests_rate": _inside(measured, window, lambda record: float(record.outcome in ("ok", "cancelled")))
@@ -139,6 +140,18 @@ def _inside(records: Sequence[Record], window: tuple[float, float], amount: Call
         if overlap > 0:
             total += amount(record) * overlap / record.e2e
     return total
+
+
+def _in_flight(records: Sequence[Record], window: tuple[float, float]) -> dict[str, Any]:
+    """Requests sent and not yet ended, at both edges of the window and on average.
+
+    steady: whether they did not pile up, beyond what chance does to a queue that keeps its length.
+    """
+    begin, end = (sum(record.sent <= edge < record.ended for record in records) for edge in window)
+    mean = sum(max(min(r.ended, window[1]) - max(r.sent, window[0]), 0.0) for r in records) / (window[1] - window[0])
+    arrived = sum(window[0] <= record.intended < window[1] for record in records)
+    steady = end - begin <= 0.05 * arrived + 3 * math.sqrt(max(mean, 1.0))
+    return {"begin": begin, "end": end, "mean": mean, "growth": end - begin, "steady": steady}
 
 
 def _miscounts(run: Run) -> list[str]:

@@ -44,7 +44,7 @@ def load(tmp_path: Path) -> Callable[..., Outcome]:
 
     def run(host: str, *options: str) -> Outcome:
         file = tmp_path / "report.json"
-        command = [sys.executable, "-m", "locust", "--config", "loadtest/locust.conf", "--host", host]
+        command = [sys.executable, "-m", "loadtest", "run", "--host", host]
         command += ["--max-lag", "60s", "--report", str(file), *options]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         report = json.loads(file.read_text()) if file.exists() else {}
