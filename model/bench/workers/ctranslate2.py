@@ -23,10 +23,10 @@ def load(setup: Setup) -> tuple[str, Play]:
 
     def play(ask: Ask) -> Answer:
         prompts = [[tokenizer.id_to_token(token) for token in prompt] for prompt in ask.prompts(setup.vocab_size)]
-        arrivals: list[list[float]] = [[] for _ in prompts]
+        steps: dict[int, float] = {}
 
         def see(result: Any) -> bool:
-            arrivals[result.batch_id].append(time.perf_counter())
+            steps[result.step] = time.perf_counter()  # once a request: the last one's call is when the step has ended
             return False  # go on
 
         started = time.perf_counter()
@@ -37,7 +37,7 @@ def load(setup: Setup) -> tuple[str, Play]:
             include_prompt_in_result=False,
             callback=see,
         )
-        return Answer.of(started, arrivals)
+        return Answer.of(started, [list(steps.values())] * ask.batch)
 
     return ctranslate2.__version__, play
 
