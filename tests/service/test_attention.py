@@ -8,8 +8,16 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from model.attention.weights import HeadWeights
 from model.text.tokenizer import Tokenizer
+from service.api.routes import create_api
+from service.channel import Details, Submission
+from service.completion import Service
+from service.dispatch import Dispatcher
+from service.door import Door
 from service.limits import Limits
+from service.metrics import IngressMetrics
+from tests.service.fakes import FakeFleet
 from tests.service.live import PROMPT, events, post, refusal
 
 ASKED = {"layers": [2, 0], "heads": [1, 3], "top_k": 5}
@@ -83,6 +91,31 @@ async def test_tokens_behind_a_stop_string_have_no_weights(live: httpx.AsyncClie
     whole = (await post(live, "completions", temperature=0))["choices"][0]["text"]
     body = await post(live, "completions", temperature=0, stop=whole[3:6], attention=ASKED)
     assert len(body["choices"][0]["attention"]) == body["usage"]["completion_tokens"] < 12
+
+
+class Guesser(FakeFleet):
+    """Answers with five tokens in one step, as an engine that guesses ahead may."""
+
+    async def _submit(self, channel_id: str, submissions: list[Submission], open_streams: dict[str, int]) -> Any:
+        answer = await super()._submit(channel_id, submissions, open_streams)
+        looks = [[HeadWeights(0, 0, [i], [1.0])] for i in range(5)]
+        for submission in submissions:
+            output = (submission.request_id, list(b"abcde"), "length", 0, Details(None, None, looks))
+            self.replicas["a"].outbox.put([output])
+        return answer
+
+
+async def test_of_a_step_that_goes_on_behind_a_stop_string_only_what_stands_is_told(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "token_bytes", lambda token_id: bytes([token_id]))
+    metrics = IngressMetrics("tiny")
+    service = Service("tiny", 0, tokenizer, None, Dispatcher(Guesser("a"), metrics), metrics, Limits())
+    transport = httpx.ASGITransport(create_api(service, Door()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://attendant") as api:
+        (choice,) = (await post(api, "completions", stop="c", attention={"layers": [0], "heads": [0]}))["choices"]
+    assert choice["text"] == "ab"
+    assert [token["heads"][0]["positions"] for token in choice["attention"]] == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize(
