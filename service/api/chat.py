@@ -4,6 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -101,11 +102,11 @@ def _stream(
     envelope: dict[str, object],
 ) -> EventStream:
     with_usage = body.include_usage
-    writer = ChunkWriter(envelope, '"delta":{"content":', '},"logprobs":null', with_usage=with_usage)
-    closing = ChunkWriter(envelope, '"delta":', ',"logprobs":null', with_usage=with_usage)
-    opening = ChunkWriter(
-        envelope, '"delta":{"role":"assistant","content":', '},"logprobs":null', with_usage=with_usage
-    )
+    usage = completion.usage if body.counts_on else None
+    writing = partial(ChunkWriter, envelope, with_usage=with_usage, usage=usage)
+    writer = writing('"delta":{"content":', '},"logprobs":null')
+    closing = writing('"delta":', ',"logprobs":null')
+    opening = writing('"delta":{"role":"assistant","content":', '},"logprobs":null')
 
     def write(deltas: list[Delta]) -> bytes:
         chunks = []
@@ -122,7 +123,7 @@ def _stream(
 
     first = b"".join(opening.chunk(choice, "", None) for choice in range(body.num_choices))
     if plan is not None or body.logprobs or body.attention is not None:
-        scribe = _Scribe(service, body, plan, envelope)
+        scribe = _Scribe(service, body, completion, plan, envelope)
         return EventStream(completion, service.metrics, scribe.write, first=first, last=last)
     return EventStream(completion, service.metrics, write, first=first, last=last)
 
@@ -131,9 +132,15 @@ class _Scribe:
     """Chunks of more than text: calls of tools, log-probabilities, attention weights."""
 
     def __init__(
-        self, service: Service, body: ChatRequest, plan: ToolPlan | None, envelope: Mapping[str, object]
+        self,
+        service: Service,
+        body: ChatRequest,
+        completion: Completion,
+        plan: ToolPlan | None,
+        envelope: Mapping[str, object],
     ) -> None:
         self._envelope = {**envelope, **({"usage": None} if body.include_usage else {})}
+        self._usage = completion.usage if body.counts_on else None
         self._tokenizer = service.tokenizer
         self._body = body
         self._readers = [None if plan is None else ToolReader(plan.syntax) for _ in range(body.num_choices)]
@@ -161,7 +168,8 @@ class _Scribe:
 
     def _chunk(self, index: int, delta: object, details: dict[str, Any], reason: str | None) -> bytes:
         choice = {"index": index, "delta": delta, **details, "finish_reason": reason}
-        return event({**self._envelope, "choices": [choice]})
+        chunk = {**self._envelope, "choices": [choice]}
+        return event(chunk if self._usage is None else {**chunk, "usage": self._usage()})
 
 
 def _details(tokenizer: Tokenizer, body: ChatRequest, told: Delta | Written) -> dict[str, Any]:

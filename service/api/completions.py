@@ -63,7 +63,8 @@ def _stream(
     echoes: Sequence[str],
 ) -> EventStream:
     with_usage = body.include_usage
-    writer = ChunkWriter(envelope, '"text":', ',"logprobs":null', with_usage=with_usage)
+    usage = completion.usage if body.counts_on else None
+    writer = ChunkWriter(envelope, '"text":', ',"logprobs":null', with_usage=with_usage, usage=usage)
 
     def write(deltas: list[Delta]) -> bytes:
         return b"".join(writer.chunk(delta.choice, delta.text, delta.finish_reason) for delta in deltas)
@@ -73,7 +74,7 @@ def _stream(
         return event({**envelope, "choices": [], **ending}) if ending else b""
 
     if body.logprobs is not None or body.attention is not None:
-        scribe = _Scribe(service, body, envelope, echoes)
+        scribe = _Scribe(service, body, completion, envelope, echoes)
         return EventStream(completion, service.metrics, scribe.write, last=last)
     first = b"".join(writer.chunk(choice, echo, None) for choice, echo in enumerate(echoes) if echo)
     return EventStream(completion, service.metrics, write, first=first, last=last)
@@ -83,9 +84,15 @@ class _Scribe:
     """Chunks of more than text: log-probabilities, those of an echoed prompt before the others; attention weights."""
 
     def __init__(
-        self, service: Service, body: CompletionRequest, envelope: Mapping[str, object], echoes: Sequence[str]
+        self,
+        service: Service,
+        body: CompletionRequest,
+        completion: Completion,
+        envelope: Mapping[str, object],
+        echoes: Sequence[str],
     ) -> None:
         self._envelope = {**envelope, **({"usage": None} if body.include_usage else {})}
+        self._usage = completion.usage if body.counts_on else None
         self._body = body
         self._echoes = echoes
         self._tokenizer = service.tokenizer
@@ -106,7 +113,8 @@ class _Scribe:
         if self._body.attention is not None:
             choice["attention"] = attention_of(delta.looks)
         choice["finish_reason"] = delta.finish_reason
-        return event({**self._envelope, "choices": [choice]})
+        chunk = {**self._envelope, "choices": [choice]}
+        return event(chunk if self._usage is None else {**chunk, "usage": self._usage()})
 
 
 async def _whole(

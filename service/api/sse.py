@@ -27,22 +27,33 @@ class ChunkWriter:
     """Writes chunks that differ only in a choice's index, text and finish reason.
 
     The rest of a chunk is encoded once: a stream has one chunk a token, and a pydantic model each would cost more
-    than the token does. `before` and `after` are the JSON around the text, inside a choice.
+    than the token does. `before` and `after` are the JSON around the text, inside a choice. `usage` counts the tokens
+    in each chunk, for those who ask for that.
     """
 
-    def __init__(self, envelope: Mapping[str, object], before: str, after: str, *, with_usage: bool) -> None:
+    def __init__(
+        self,
+        envelope: Mapping[str, object],
+        before: str,
+        after: str,
+        *,
+        with_usage: bool,
+        usage: Callable[[], object] | None = None,
+    ) -> None:
         head = json.dumps({**envelope, "choices": []}, ensure_ascii=False, separators=(",", ":"))
         self._head = "data: " + head.removesuffix("]}") + '{"index":'
         self._before = "," + before
         self._after = after + ',"finish_reason":'
         # With `include_usage`, every chunk but the last says that its usage is null.
         self._tail = '}],"usage":null}\n\n' if with_usage else "}]}\n\n"
+        self._usage = usage
 
     def chunk(self, choice: int, text: str | None, finish_reason: str | None) -> bytes:
         """One event. `text=None` writes an empty object in the text's place: a delta that adds nothing."""
         reason = "null" if finish_reason is None else f'"{finish_reason}"'
         body = "{}" if text is None else json.dumps(text, ensure_ascii=False)
-        return f"{self._head}{choice}{self._before}{body}{self._after}{reason}{self._tail}".encode()
+        tail = self._tail if self._usage is None else f'}}],"usage":{json.dumps(self._usage())}}}\n\n'
+        return f"{self._head}{choice}{self._before}{body}{self._after}{reason}{tail}".encode()
 
 
 class EventStream(StreamingResponse):

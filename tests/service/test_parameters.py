@@ -201,6 +201,20 @@ async def test_a_stream_counts_its_tokens_when_asked(live: httpx.AsyncClient, en
     assert all(chunk["usage"] is None for chunk in chunks)
 
 
+@pytest.mark.honours("completions.stream_options", "chat.stream_options")
+@pytest.mark.parametrize("with_logprobs", [False, True])
+async def test_every_chunk_counts_the_tokens_when_asked(
+    live: httpx.AsyncClient, endpoint: str, with_logprobs: bool
+) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    fields = {"logprobs": 0 if endpoint == "completions" else True} if with_logprobs else {}
+    chunks = await events(live, endpoint, stream_options=options, **fields)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 6
+    assert counts[-1] == 12
+
+
 # Log-probabilities.
 
 

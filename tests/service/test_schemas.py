@@ -181,6 +181,7 @@ def test_no_prompt_and_too_many_prompts_are_refused(prompt: object) -> None:
     [
         ({"max_tokens": 0}, "max_tokens"),
         ({"best_of": 2, "n": 3}, "best_of"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),
         ({"best_of": 2, "stream": True}, "best_of"),
         ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
         ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),

@@ -42,9 +42,13 @@ SAMPLED = (
 
 
 class StreamOptions(Strict):
-    """`include_usage`: one last chunk that counts the tokens. Chunks are never padded with noise."""
+    """`include_usage`: one last chunk that counts the tokens; with `continuous_usage_stats`, every chunk does.
+
+    Chunks are never padded with noise.
+    """
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
@@ -210,6 +214,8 @@ class ChoiceFields(GenerationFields):
     def _stream_options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only for stream: true", param="stream_options")
+        if self.counts_on and not self.include_usage:
+            raise InvalidRequest("continuous_usage_stats is only beside include_usage", param="stream_options")
         return self
 
     @model_validator(mode="after")
@@ -225,6 +231,11 @@ class ChoiceFields(GenerationFields):
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk that counts the tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def counts_on(self) -> bool:
+        """Whether each of a stream's chunks counts the tokens so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     @property
     def inspection(self) -> AttentionRequest | None:
