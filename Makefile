@@ -12,6 +12,7 @@ SLO      ?= --slo ttft_p99=300ms --slo tpot_p99=30ms
 
 # Engines to compare with: their own Python, and llama.cpp from the source distribution of its Python binding.
 PEERS      ?= .venv-peers
+CLIENTS    := .venv-clients
 PEERS_JOBS ?= 1
 LLAMA_CPP  := 0.3.36
 
@@ -21,7 +22,7 @@ LLAMA_CPP  := 0.3.36
 serve: $(VENV)/.serve
 	@exec $(BIN)/attendant serve --model "$(MODEL)" --port $(PORT) --replicas $(REPLICAS) $(ARGS)
 
-test: check coverage
+test: check coverage $(CLIENTS)/.clients
 	$(BIN)/python -m pytest $(ARGS)
 
 # What `make test` does a little of: kills, floods and hostile input, in full. It takes a while.
@@ -59,7 +60,7 @@ lock:
 	$(PYTHON) deploy/lock/compile.py
 
 clean:
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) $(CLIENTS) *.egg-info
 
 # Each stamp says that its lock file has been installed. The project itself is installed in place, once.
 $(VENV)/.python:
@@ -74,6 +75,16 @@ $(VENV)/.serve: $(VENV)/.python deploy/lock/serve.txt pyproject.toml
 
 $(VENV)/.%: $(VENV)/.serve deploy/lock/%.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement deploy/lock/$*.txt
+	@touch $@
+
+# Clients of others, in a Python of their own that sees what the tests have behind what it has itself.
+$(CLIENTS)/.clients: $(VENV)/.test deploy/lock/clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -c 'import pathlib, sysconfig; \
+	    packages = pathlib.Path(sysconfig.get_path("purelib")); \
+	    (packages / "tests.pth").write_text(str(packages).replace("$(CLIENTS)", "$(VENV)"))'
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --requirement deploy/lock/clients.txt
 	@touch $@
 
 # torchvision comes with Optimum; nothing here needs it, and transformers fails to import beside it.

@@ -1,7 +1,8 @@
 """Writes the lock files beside it: every package of an install, pinned. Run it by `make lock` after editing pyproject.
 
 `serve.txt` is what serving needs; `train.txt`, `load.txt` and `test.txt` add their extra to it and hold what is new.
-`peers.txt` stands alone: the engines that we are compared with live in a Python of their own.
+`peers.txt` stands alone: the engines that we are compared with live in a Python of their own. So do the clients of
+`clients.txt`, which want other versions of what the tests have; what both can share, torch above all, is not in it.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PYPROJECT = HERE.parent.parent / "pyproject.toml"
+SHARED = ("torch", "transformers", "tokenizers", "safetensors")  # the large ones
 
 
 def resolve(requirements: list[str], constraints: dict[str, str]) -> dict[str, str]:
@@ -49,6 +51,8 @@ def main() -> None:
         pins = resolve([*project["dependencies"], *extras[name]], pinned)
         write(name, {package: pins[package] for package in pins.keys() - serve.keys()}, includes=("serve",))
         pinned |= pins
+    clients = resolve(extras["clients"], {package: pinned[package] for package in SHARED})
+    write("clients", {package: version for package, version in clients.items() if pinned.get(package) != version})
     write("peers", resolve(extras["peers"], {}))
 
 

@@ -1,5 +1,6 @@
 """One real service for the whole session: `attendant serve` as a user starts it, with two replicas."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -39,6 +40,12 @@ TEMPLATE = (
     "</s>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+TEMPLATE_WITH_TOOLS = (
+    "{{ bos_token }}{% if tools %}<|user|>{{ tools | tojson }} Call them with <tool_call>.{% endif %}"
+    "{% for m in messages %}<|{{ 'assistant' if m.role == 'assistant' else 'user' }}|>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "{{ eos_token if m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def write_model(directory: Path) -> Path:
@@ -72,9 +79,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def served_model(tiny_model: Path) -> Path:
-    """The embedded model, or the random one in a tree where it has not been trained yet."""
-    return STORYTELLER if (STORYTELLER / "model.safetensors").exists() else tiny_model
+def served_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model, with a chat template that tells it of tools; what it makes of them is the grammar's work."""
+    directory = tmp_path_factory.mktemp("models") / STORYTELLER.name
+    shutil.copytree(STORYTELLER, directory)
+    (directory / "chat_template.jinja").write_text(TEMPLATE_WITH_TOOLS)
+    return directory
 
 
 def free_port() -> int:

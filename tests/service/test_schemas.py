@@ -137,6 +137,13 @@ def test_a_field_of_several_forms_is_refused_with_all_of_them() -> None:
     )
 
 
+def test_a_whole_number_is_an_integer_however_it_is_written() -> None:
+    body = parse(CompletionRequest, {"prompt": [1.0, 2], "max_tokens": 5.0, "temperature": 1.0})
+    assert (body.token_prompts, body.max_tokens, body.temperature) == ([[1, 2]], 5, 1.0)
+    assert refusal(CompletionRequest, prompt="x", max_tokens=5.5).param == "max_tokens"
+    assert refusal(CompletionRequest, prompt="x", max_tokens=5.0, n=0).param == "n"
+
+
 def test_a_missing_prompt_is_named() -> None:
     error = refusal(CompletionRequest)
     assert (error.param, str(error)) == ("prompt", "prompt is required")

@@ -64,7 +64,24 @@ def parse(schema: type[Schema], body: object) -> Schema:
     try:
         return schema.model_validate(asked)
     except ValidationError as error:
+        if not any(fault["type"] == "int_type" and _is_whole(fault["input"]) for fault in error.errors()):
+            raise _fault(error, asked) from None
+    try:  # JSON has one kind of number: 5.0 is as good an integer as 5
+        return schema.model_validate(_with_integers(asked))
+    except ValidationError as error:
         raise _fault(error, asked) from None
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
+def _with_integers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_integers(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_integers(inner) for inner in value]
+    return int(value) if _is_whole(value) else value
 
 
 def _asks_for_nothing(schema: type[Body], name: str, value: object) -> bool:
