@@ -2,8 +2,9 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,9 +12,13 @@ from rich.console import Console
 from model.config import Device, Dtype
 from model.errors import AttendantError, InvalidRequest
 from service import __version__
+from service.cli_chat import ApiKey, chat
 from service.cli_keys import keys
 from service.data_plane import DataPlane
 from service.hub import EMBEDDED, resolve
+
+if TYPE_CHECKING:
+    from service.generate import Job, Remote
 
 REFUSED = 2
 
@@ -25,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(keys)
+app.command()(chat)
 console = Console(stderr=True, highlight=False)
 
 Model = Annotated[str, typer.Option(help="A model directory, or the id of one on the Hugging Face hub.")]
@@ -117,25 +123,27 @@ def generate(
     device: DeviceOption = "auto",
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+    url: Annotated[str | None, typer.Option(help="Ask a running service instead; --api-key goes with it.")] = None,
+    api_key: ApiKey = None,
 ) -> None:
-    """Run the engine in this process, without Ray, and print what it writes."""
-    from service.generate import Job
+    """Run the engine in this process, without Ray, or ask a running service, and print what is written."""
+    from service.generate import Job, Remote
 
     if (prompt is None) == (token_ids is None):
         raise InvalidRequest("give either a PROMPT or --token-ids, and not both")
+    if url is not None:
+        if (model, dtype, device) != (str(EMBEDDED), "auto", "auto"):
+            raise InvalidRequest("--model, --dtype and --device are the service's own; leave them out with --url")
+        fields = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "ignore_eos": ignore_eos}
+        remote = Remote(url, api_key)
+        _print(prompt, remote.run(_parse_ids(token_ids) if token_ids else prompt, fields), remote, as_json=as_json)
+        if not as_json:
+            console.print(f"({remote.pace})", style="dim")
+        return
     job = Job.load(resolve(model), dtype=dtype, device=device, needs_text=prompt is not None)
     prompt_ids = job.encode(prompt) if prompt is not None else _parse_ids(token_ids or "")
     pieces = job.run(prompt_ids, max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
-    if as_json:
-        for _ in pieces:
-            pass
-        print(json.dumps(job.result()))
-        return
-    if prompt is not None:
-        print(prompt, end="", flush=True)
-    for text in pieces:
-        print(text, end="", flush=True)
-    print()
+    _print(prompt, pieces, job, as_json=as_json)
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
@@ -185,6 +193,19 @@ def main() -> None:
     except AttendantError as error:
         console.print(f"attendant: {error}", style="red", soft_wrap=True, markup=False)
         sys.exit(REFUSED)
+
+
+def _print(prompt: str | None, pieces: Iterator[str], work: "Job | Remote", *, as_json: bool) -> None:
+    """The text as it comes, behind its prompt; or one object at the end."""
+    if as_json:
+        for _ in pieces:
+            pass
+        print(json.dumps(work.result()))
+        return
+    print(prompt or "", end="", flush=True)
+    for text in pieces:
+        print(text, end="", flush=True)
+    print()
 
 
 def _parse_ids(text: str) -> list[int]:

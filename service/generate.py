@@ -1,7 +1,7 @@
-"""`attendant generate`: one request on an engine in this process, without Ray."""
+"""`attendant generate`: one request, on an engine in this process without Ray, or on a running service."""
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -12,6 +12,7 @@ from model.errors import CheckpointError
 from model.sampling.params import SamplingParams
 from model.text.detokenize import Detokenizer
 from model.text.tokenizer import Tokenizer
+from service.client import Client, Pace
 
 
 class Job:
@@ -86,3 +87,24 @@ class Job:
     def _keep(self, text: str) -> str:
         self._texts.append(text)
         return text
+
+
+class Remote:
+    """One request to a running service. `result` says what became of it, `pace` how fast."""
+
+    def __init__(self, url: str, api_key: str | None) -> None:
+        self.pace = Pace()
+        self._client = Client(url, api_key)
+        self._texts: list[str] = []
+
+    def run(self, prompt: str | Sequence[int] | None, fields: Mapping[str, object]) -> Iterator[str]:
+        """Yield the text as it comes. Raises `RequestFailed`."""
+        body = {"prompt": prompt} | {name: value for name, value in fields.items() if value is not None}
+        with self._client:
+            for text in self._client.complete(body, self.pace):
+                self._texts.append(text)
+                yield text
+
+    def result(self) -> dict[str, object]:
+        """One object: `text`, `finish_reason`, `usage`."""
+        return {"text": "".join(self._texts), "finish_reason": self.pace.finish_reason, "usage": self.pace.usage}

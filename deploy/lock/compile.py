@@ -51,7 +51,9 @@ def main() -> None:
         pins = resolve([*project["dependencies"], *extras[name]], pinned)
         write(name, {package: pins[package] for package in pins.keys() - serve.keys()}, includes=("serve",))
         pinned |= pins
-    clients = resolve(extras["clients"], {package: pinned[package] for package in SHARED})
+    # In one go pip's resolver gives up on these; with the last one on top of the others it does not.
+    first = resolve(extras["clients"][:-1], {package: pinned[package] for package in SHARED})
+    clients = resolve(extras["clients"], first)
     write("clients", {package: version for package, version in clients.items() if pinned.get(package) != version})
     write("peers", resolve(extras["peers"], {}))
 
