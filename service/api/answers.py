@@ -54,7 +54,7 @@ class CompletionLogprobs(Answer):
 
 
 class CompletionChoice(BaseModel):
-    """One completion. `prompt_logprobs` is there for those who ask."""
+    """One completion. `prompt_logprobs` and `attention` are there for those who ask."""
 
     index: int
     text: str
@@ -117,8 +117,8 @@ class AssistantAnswer(BaseModel):
     refusal: None
 
 
-class ChatChoice(Answer):
-    """One answer to a chat."""
+class ChatChoice(BaseModel):
+    """One answer to a chat. `attention` is there for those who ask."""
 
     index: int
     message: AssistantAnswer
