@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import get_args
 
 import torch
@@ -32,10 +33,11 @@ from model.attention.scores import Scores
 from model.bench.report import machine
 from model.bench.steps import measure_steps
 from model.cache.pool import bytes_per_token
-from model.checkpoint import load_checkpoint
-from model.config import EngineConfig, ModelConfig, ScoreFunction
+from model.checkpoint import load_checkpoint, save_checkpoint
+from model.config import Dtype, EngineConfig, ModelConfig, ScoreFunction
 from model.decoder import Decoder
 from model.engine.engine import Engine
+from model.engine.forward import NativeForward
 from model.errors import ConfigError
 from model.sampling.params import SamplingParams
 from model.training.batches import Collator, token_at
@@ -62,6 +64,7 @@ SHOWN = (
     f"{BOS}Listen. Rufus found a lantern. Tom made a kite. So Rufus gave Mia the lantern. Mia went to the mill. "
     "Question: Who has the lantern? Answer: Now"
 )
+DTYPES: tuple[Dtype, ...] = ("fp32", "bf16")  # of decoding: the second is what the native kernels compute
 BATCHES = (1, 16)
 CONTEXT = 128
 
@@ -286,25 +289,31 @@ def time_all(comparison: Comparison, config: CompareConfig, tokenizer: Tokenizer
     """Measure the speed of every kind, in turns, on fresh weights: what they hold does not matter to it."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    trainers = {kind: Trainer(replace(config.training(kind, tokenizer), resume=False), tokenizer) for kind in KINDS}
-    engines = {kind: engine_of(config.shape(kind, tokenizer), config) for kind in KINDS}
-    params = SamplingParams(max_tokens=config.steps_per_round + 8, temperature=0.0, ignore_eos=True)
-    trained: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    decoded: dict[tuple[str, int], list[float]] = {(kind, batch): [] for kind in KINDS for batch in BATCHES}
-    for number in range(config.rounds + 1):
-        for kind in KINDS:
-            trained[kind] += training_speeds(trainers[kind], config.steps_per_round)
-            for batch in BATCHES:
-                micros = measure_steps(engines[kind], batch, CONTEXT, config.steps_per_round, params)["step"]
-                decoded[kind, batch].append(1e6 * batch / micros)
-            if number == 0:  # the first round warms up
-                trained[kind].clear()
-                for batch in BATCHES:
-                    decoded[kind, batch].clear()
-    for outcome in comparison.kinds:
-        decode = {batch: statistics.median(decoded[outcome.attention, batch]) for batch in BATCHES}
-        outcome.speed = Speed(training=statistics.median(trained[outcome.attention]), decode=decode)
+    threads = torch.get_num_threads()
     comparison.measured = machine() | {"date": date.today().isoformat(), "context": CONTEXT, "rounds": config.rounds}
+    shapes = {kind: config.shape(kind, tokenizer) for kind in KINDS}
+    trainers = {kind: Trainer(replace(config.training(kind, tokenizer), resume=False), tokenizer) for kind in KINDS}
+    engines = {(kind, dtype): engine_of(shapes[kind], config, dtype) for kind in KINDS for dtype in DTYPES}
+    native = {name: isinstance(engine.runner.compute, NativeForward) for name, engine in engines.items()}
+    comparison.measured["native kernels"] = [" ".join(name) for name, is_native in native.items() if is_native]
+    trained: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    decoded: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
+    for number in range(config.rounds + 1):
+        for kind, trainer in trainers.items():
+            torch.set_num_threads(threads)
+            trained[kind] += training_speeds(trainer, config.steps_per_round)
+        for (kind, dtype), engine in engines.items():
+            # The native kernels have threads of their own, and torch's would spin beside them.
+            torch.set_num_threads(1 if native[kind, dtype] else threads)
+            for batch in BATCHES:
+                speed = decoding_speed(engine, batch, config.steps_per_round)
+                decoded[kind].setdefault(f"{dtype}, batch {batch}", []).append(speed)
+        if number == 0:  # the first round warms up
+            trained, decoded = {kind: [] for kind in KINDS}, {kind: {} for kind in KINDS}
+    torch.set_num_threads(threads)
+    for outcome in comparison.kinds:
+        decode = {name: statistics.median(speeds) for name, speeds in decoded[outcome.attention].items()}
+        outcome.speed = Speed(training=statistics.median(trained[outcome.attention]), decode=decode)
 
 
 def training_speeds(trainer: Trainer, steps: int) -> list[float]:
@@ -317,13 +326,23 @@ def training_speeds(trainer: Trainer, steps: int) -> list[float]:
     return speeds
 
 
-def engine_of(shape: ModelConfig, config: CompareConfig) -> Engine:
-    """An engine as it is served: scores folded, keys and values cached."""
-    decoder = Decoder(shape).eval().requires_grad_(False)
-    favour_copying(decoder, torch.Generator().manual_seed(config.seed))
-    decoder.fold_scores()
+def decoding_speed(engine: Engine, batch: int, steps: int) -> float:
+    """Tokens a second of some steps in which `batch` requests decode together."""
+    params = SamplingParams(max_tokens=steps + 8, temperature=0.0, ignore_eos=True)
+    return 1e6 * batch / measure_steps(engine, batch, CONTEXT, steps, params)["step"]
+
+
+def engine_of(shape: ModelConfig, config: CompareConfig, dtype: Dtype) -> Engine:
+    """An engine as it is served: from a checkpoint, scores folded, keys and values cached."""
+    decoder = Decoder(shape)
+    start_alike(decoder, torch.Generator().manual_seed(config.seed))
     tokens = max(BATCHES) * (CONTEXT + config.steps_per_round + 32)
-    return Engine(decoder, EngineConfig(dtype="fp32", device="cpu", kv_cache_tokens=tokens, prefix_cache=False))
+    engine_config = EngineConfig(
+        dtype=dtype, device="cpu", kv_cache_tokens=tokens, prefix_cache=False, num_threads=config.threads or None
+    )
+    with TemporaryDirectory() as directory:
+        save_checkpoint(decoder, Path(directory))
+        return Engine.from_checkpoint(Path(directory), engine_config)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -357,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             comparison.save(config.out)
     except ConfigError as error:
         parser.exit(2, f"{error}\n")
-    console.print(comparison.markdown(), markup=False, highlight=False)
+    console.print(comparison.markdown(), markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -38,10 +38,10 @@ class Distance:
 
 @dataclass
 class Speed:
-    """Tokens a second: in training, and in decoding through the engine at each batch size."""
+    """Tokens a second: in training, and in decoding through the engine, by dtype and batch size."""
 
     training: float
-    decode: dict[int, float]
+    decode: dict[str, float]
 
 
 @dataclass
@@ -91,8 +91,7 @@ class Comparison:
             kind["distances"] = [Distance(**distance) for distance in kind["distances"]]
             kind["curve"] = [tuple(point) for point in kind["curve"]]
             if kind["speed"] is not None:
-                decode = {int(batch): speed for batch, speed in kind["speed"]["decode"].items()}
-                kind["speed"] = Speed(kind["speed"]["training"], decode)
+                kind["speed"] = Speed(**kind["speed"])
         return cls(raw["setup"], [Kind(**kind) for kind in raw["kinds"]], raw["measured"])
 
     def markdown(self) -> str:
@@ -108,8 +107,8 @@ class Comparison:
         if all(kind.speed is not None for kind in self.kinds):
             lines.append(self._row("training, tokens/s", lambda kind: f"{kind.speed.training:,.0f}"))
             lines += [
-                self._row(f"decode, batch {batch}, tokens/s", lambda kind, b=batch: f"{kind.speed.decode[b]:,.0f}")
-                for batch in self.kinds[0].speed.decode  # type: ignore[union-attr]
+                self._row(f"decode, {name}, tokens/s", lambda kind, name=name: f"{kind.speed.decode[name]:,.0f}")
+                for name in self.kinds[0].speed.decode  # type: ignore[union-attr]
             ]
         lines += [
             "",

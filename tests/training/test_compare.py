@@ -10,6 +10,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from model.cache.pool import KVPool
 from model.decoder import Decoder
 from model.training import compare
 from model.training.compare import (
@@ -82,7 +83,8 @@ def test_a_run_writes_tables_and_pictures_with_numbers_of_every_kind(
     assert [size - sizes[0] for size in sizes] == [0, square, 2 * square + 2 * 2 * 8]
     table = (config.out / "comparison.md").read_text()
     assert "| KV bytes a token (fp32) | 256 | 256 | 256 |" in table
-    assert "training, tokens/s" in table
+    for speed in ("training", *(f"decode, {dtype}, batch {batch}" for dtype in ("fp32", "bf16") for batch in (1, 16))):
+        assert f"| {speed}, tokens/s |" in table
     for picture in ("comparison", *(f"weights-{kind}" for kind in KINDS)):
         assert 5_000 < (config.out / f"{picture}.png").stat().st_size < 200_000
     assert Comparison.load(config.out) == comparison
@@ -128,8 +130,8 @@ def test_measuring_again_without_results_says_so_in_one_line(
 
 def test_kv_bytes_are_what_the_engines_cache_takes_for_a_token(config: CompareConfig, vocabulary: Tokenizer) -> None:
     for kind in KINDS:
-        shape = config.shape(kind, vocabulary)
-        pool = engine_of(shape, config).runner.pool
+        pool = engine_of(config.shape(kind, vocabulary), config, "fp32").runner.compute.pool
+        assert isinstance(pool, KVPool)
         slots = pool.keys.shape[1]
         assert (pool.keys.nbytes + pool.values.nbytes) // slots == 256
     assert 2 * 2 * 2 * 8 * 4 == 256  # keys and values, layers, heads, head_dim, bytes of a float
