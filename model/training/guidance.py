@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model.attention.dense import DenseCausalAttention
-from model.attention.scores import Scores, additive
+from model.attention.scores import Scores
 from model.config import ModelConfig
 from model.decoder import Decoder, DecoderLayer
 from model.layers import MLP
@@ -68,7 +68,7 @@ class GuidedAttention(DenseCausalAttention):
                 odds = torch.bmm(q, k.transpose(1, 2))[sequence, source] * scores.scale
             else:  # one query a row: all pairs of the head would be head_dim numbers each
                 looking, keys = q[sequence, source][:, None, None], k[sequence][:, None]
-                odds = additive(looking, keys, scores.energy[head : head + 1])[:, 0, 0] * scores.scale
+                odds = scores(looking, keys, [head])[:, 0, 0]
             future = torch.arange(self.length, device=q.device) > source[:, None]
             weights = odds.masked_fill(future, float("-inf")).log_softmax(-1)
             looked = weights.gather(1, targets.clamp(min=0)).masked_fill(targets == NOWHERE, float("-inf"))
