@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("run", help="one run, by Locust", add_help=False)
     finder = commands.add_parser("capacity", help="the highest rate that keeps the objectives")
     finder.add_argument("--out", type=Path, default=Path("runs/capacity"), help="folder (default: runs/capacity)")
-    finder.add_argument("--start", type=float, default=1.0, help="requests/s to begin with (default: 1)")
+    finder.add_argument("--start", type=float, default=4.0, help="requests/s to begin with (default: 4)")
     finder.add_argument("--window", type=seconds, default="20s", help="measured for each probe at least (default: 20s)")
     finder.add_argument("--warmup", type=seconds, default="5s", help="before each window (default: 5s)")
     finder.add_argument("--tolerance", type=float, default=0.1, help="of the rate, as a share (default: 0.1)")

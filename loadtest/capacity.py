@@ -179,10 +179,18 @@ def locust_command(*options: str) -> list[str]:
 def write(capacity: float, points: Sequence[Point], folder: Path) -> None:
     """`capacity.json` and `capacity.html`."""
     ordered = sorted(points, key=lambda point: (point.rate, point.seed))
-    bend = knee([(point.rate, point.latency("ttft", "p99")) for point in ordered])
+    bend = knee(_worst(max, [(point.rate, point.latency("ttft", "p99")) for point in ordered]))
     document = {"capacity": capacity, "knee": bend, "points": [asdict(point) for point in ordered]}
     (folder / "capacity.json").write_text(json.dumps(document, indent=1) + "\n")
     (folder / "capacity.html").write_text(_page(capacity, bend, ordered))
+
+
+def _worst(worse: Callable[[float, float], float], points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """One value for each rate, the worst where it was probed twice."""
+    curve: dict[float, float] = {}
+    for rate, value in points:
+        curve[rate] = worse(curve.get(rate, value), value)
+    return sorted(curve.items())
 
 
 def _page(capacity: float, bend: float | None, points: Sequence[Point]) -> str:
@@ -192,10 +200,10 @@ def _page(capacity: float, bend: float | None, points: Sequence[Point]) -> str:
     marks += [(bend, "knee")] if bend and bend != capacity else []
 
     def latency(metric: str, *stats: str) -> list[Series]:
-        return [Series(stat, [(p.rate, 1e3 * p.latency(metric, stat)) for p in points]) for stat in stats]
+        return [Series(stat, _worst(max, [(p.rate, 1e3 * p.latency(metric, stat)) for p in points])) for stat in stats]
 
     def rates(*names: str) -> list[Series]:
-        return [Series(name, [(p.rate, p.summary[name]) for p in points]) for name in names]
+        return [Series(name, _worst(min, [(p.rate, p.summary[name]) for p in points])) for name in names]
 
     x = "requests/s offered"
     rows = [

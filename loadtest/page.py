@@ -28,7 +28,8 @@ h1{font-size:22px;margin:0}h2{font-size:16px;margin:32px 0 8px}p{margin:4px 0;co
 .tiles div,.charts>svg{border:1px solid var(--line);border-radius:8px;padding:10px}
 .tiles b{display:block;font-size:22px;font-weight:600}.tiles span{color:var(--dim);font-size:13px}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:4px 10px;border-bottom:1px solid var(--line)}
+th,td{text-align:right;padding:4px 10px;border-bottom:1px solid var(--line);white-space:nowrap}
+td:last-child{white-space:normal}
 th:first-child,td:first-child{text-align:left}th{color:var(--dim);font-weight:500}
 svg{width:100%;height:auto}svg text{fill:var(--dim);font:11px system-ui,sans-serif}
 svg .title{fill:var(--ink);font-size:13px;font-weight:600}

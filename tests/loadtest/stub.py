@@ -1,9 +1,13 @@
 """An OpenAI-compatible server of known delays that writes down when it sent each chunk, and counts like Attendant.
 
-Times are of CLOCK_MONOTONIC, on which Python's `perf_counter` and every process of the machine agree.
+Times are of CLOCK_MONOTONIC, on which Python's `perf_counter` and every process of the machine agree. By itself:
+
+    python tests/loadtest/stub.py --port 9100 --first 0.05 --gap 0.01 --tokens 8
 """
 
+import argparse
 import json
+import signal
 import threading
 import time
 from collections import Counter
@@ -45,15 +49,14 @@ class Stub:
     counters: Counter = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def start(self) -> str:
+    def start(self, port: int = 0) -> str:
         stub = self
 
         class Bound(Handler):
             pass
 
         Bound.stub = stub
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
-        self._server.daemon_threads = True
+        self._server = Listener(("127.0.0.1", port), Bound)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{self._server.server_port}"
 
@@ -80,6 +83,11 @@ class Stub:
             f"attendant_generation_tokens_total {totals['completion']}\n"
             f"attendant_num_requests_running 0\nattendant_num_requests_waiting 0\nattendant_kv_cache_usage_ratio 0.5\n"
         )
+
+
+class Listener(ThreadingHTTPServer):
+    request_queue_size = 1024  # a burst of connections must not wait for the kernel to offer them again
+    daemon_threads = True
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -157,3 +165,18 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: object) -> None: ...
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=9100)
+    for name in ("first", "gap"):
+        parser.add_argument(f"--{name}", type=float, default=0.0)
+    parser.add_argument("--tokens", type=int)
+    options = parser.parse_args()
+    print(Stub(first=options.first, gap=options.gap, tokens=options.tokens).start(options.port), flush=True)
+    signal.pause()
+
+
+if __name__ == "__main__":
+    main()
