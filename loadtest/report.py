@@ -50,6 +50,12 @@ def summarize(run: Run) -> dict[str, Any]:
     outcomes = Counter(record.outcome for record in measured)
     good = sum(is_good(record, run.slos) for record in measured)
     late = results.histogram("late")
+    asked = {float(slo.stat[1:]) for slo in run.slos if slo.stat.startswith("p")}
+    percents = sorted({*PERCENTILES, *asked})
+
+    def stats(metric: str, kind: str | None = None) -> dict[str, float]:
+        return _stats(results.histogram(metric, kind), percents)
+
     summary: dict[str, Any] = {
         "seconds": seconds,
         "requests": len(measured),
@@ -63,14 +69,11 @@ def summarize(run: Run) -> dict[str, Any]:
         "goodput_rate": good / seconds,
         "prompt_tokens": sum(record.prompt_tokens for record in measured),
         "completion_tokens": sum(record.completion_tokens for record in measured),
-        "latencies": {metric: _stats(results.histogram(metric)) for metric in METRICS},
-        "kinds": {
-            kind: {metric: _stats(results.histogram(metric, kind)) for metric in METRICS}
-            for kind in sorted(results.histograms)
-        },
+        "latencies": {metric: stats(metric) for metric in METRICS},
+        "kinds": {kind: {metric: stats(metric, kind) for metric in METRICS} for kind in sorted(results.histograms)},
         "retry_after": sum(record.retry_after for record in measured),
         "errors": dict(Counter(record.error for record in measured if record.error).most_common(10)),
-        "client": {"cpu": run.health.cpu, "lag": _stats(run.health.lag)},
+        "client": {"cpu": run.health.cpu, "lag": _stats(run.health.lag, PERCENTILES)},
         "reconciliation": [{**asdict(check), "agrees": check.agrees} for check in run.checks],
         "reconciled": run.reconciled,
     }
@@ -120,11 +123,11 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     print(f"{summary['verdict']}" + "".join(f"\n  {reason}" for reason in summary["reasons"]))
 
 
-def _stats(histogram: Histogram) -> dict[str, float]:
+def _stats(histogram: Histogram, percents: Sequence[float]) -> dict[str, float]:
     """Empty where nothing was recorded."""
     if not histogram.count:
         return {}
-    percentiles = {f"p{percent:g}": histogram.percentile(percent) for percent in PERCENTILES}
+    percentiles = {f"p{percent:g}": histogram.percentile(percent) for percent in percents}
     return {"count": histogram.count, "mean": histogram.mean, **percentiles, "max": histogram.longest}
 
 

@@ -64,6 +64,12 @@ def test_goodput_is_the_share_and_the_rate_of_good_requests():
     assert summary["verdict"] == "VALID"
 
 
+def test_an_objective_about_any_percentile_is_measured():
+    verdict = summarize(make_run(one_a_second(), slos=("ttft_p75=1s",)))["slos"][0]
+    assert verdict["value"] == pytest.approx(0.5, rel=0.005)
+    assert verdict["met"]
+
+
 def test_an_arrival_that_was_never_sent_makes_the_run_invalid():
     summary = summarize(make_run(one_a_second(), num_arrivals=11))
     assert summary["verdict"] == "INVALID"
