@@ -166,5 +166,7 @@ def choose_kernels(
         return kind
     if config.kernels != "auto":
         raise ConfigError(f"kernels {wanted!r} cannot run this model here: {reason}; use 'auto' or 'torch'")
-    logger.info("kernels: torch, because %s", reason)
+    # Nobody expects more of fp32; who asks for a small dtype expects its speed.
+    level = logging.WARNING if config.dtype in ("bf16", "int8") else logging.INFO
+    logger.log(level, "kernels: torch, because %s", reason)
     return TorchForward

@@ -311,6 +311,6 @@ class TestChoice:
             raise NoLibrary("no C++ compiler (g++ or clang++)")
 
         monkeypatch.setattr(library, "load", none)
-        caplog.set_level("INFO")
+        caplog.set_level("WARNING")
         assert isinstance(self.engine(tiny_llama[0], dtype="int8").runner.compute, TorchForward)
         assert "no C++ compiler" in caplog.text
