@@ -261,7 +261,7 @@ async def test_a_client_that_does_not_read_is_cut_off_and_the_engine_stopped(tin
         await blocked.wait()
         a.say(0, *ids[2:4])
         a.say(0, *ids[4:7])
-        await call
+        await asyncio.wait([call])  # not `await call`, which would cancel it when the time is over
         while not a.aborted:
             await asyncio.sleep(0)
 
