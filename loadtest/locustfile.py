@@ -148,5 +148,7 @@ def drain(runner: Runner, limits: dict[str, float]) -> None:
 def report(environment: Environment, **_: Any) -> None:
     """At the very end. Locust alone would exit with 1 for any failed request, also where an objective allows some."""
     environment.process_exit_code = 0
+    if isinstance(environment.runner, LocalRunner):
+        here.conductor.drain()  # Ctrl-C comes straight here; workers of a distributed test have gone by then
     if not isinstance(environment.runner, WorkerRunner):
         environment.process_exit_code = here.conductor.report()

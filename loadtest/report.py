@@ -59,7 +59,7 @@ def summarize(run: Run) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "seconds": seconds,
         "requests": len(measured),
-        "in_flight": _in_flight(results.records, window),
+        "in_flight": _in_flight(results.records, window, run.plan.open_loop),
         **{name: outcomes[name] for name in ("ok", "cancelled", "refused", "failed")},
         "error_rate": (outcomes["refused"] + outcomes["failed"]) / len(measured) if measured else math.nan,
         "requests_rate": _inside(measured, window, lambda record: float(record.outcome in ("ok", "cancelled")))
@@ -114,6 +114,11 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     for metric, stats in summary["latencies"].items():
         if stats:
             print(f"{metric.upper():<14}" + "".join(f"{1e3 * stats[stat]:>10.2f}" for stat in STATS))
+    client = summary["client"]
+    lag = 1e3 * client["lag"].get("p99", math.nan)
+    print(f"client: busiest process {client['cpu']:.0%} of a core, event loop {lag:.1f} ms late at p99")
+    if not summary["in_flight"]["steady"]:
+        print(f"The server did not keep up: {summary['in_flight']['growth']} more in flight at the end than at first.")
     for error, count in summary["errors"].items():
         print(f"{count} x {error}")
     for verdict in summary["slos"]:
@@ -145,15 +150,16 @@ def _inside(records: Sequence[Record], window: tuple[float, float], amount: Call
     return total
 
 
-def _in_flight(records: Sequence[Record], window: tuple[float, float]) -> dict[str, Any]:
+def _in_flight(records: Sequence[Record], window: tuple[float, float], open_loop: bool) -> dict[str, Any]:
     """Requests sent and not yet ended, at both edges of the window and on average.
 
-    steady: whether they did not pile up, beyond what chance does to a queue that keeps its length.
+    steady: whether they did not pile up, beyond what chance does to a queue that keeps its length. In a closed loop
+    they cannot.
     """
     begin, end = (sum(record.sent <= edge < record.ended for record in records) for edge in window)
     mean = sum(max(min(r.ended, window[1]) - max(r.sent, window[0]), 0.0) for r in records) / (window[1] - window[0])
     arrived = sum(window[0] <= record.intended < window[1] for record in records)
-    steady = end - begin <= 0.05 * arrived + 3 * math.sqrt(max(mean, 1.0))
+    steady = not open_loop or end - begin <= 0.05 * arrived + 3 * math.sqrt(max(mean, 1.0))
     return {"begin": begin, "end": end, "mean": mean, "growth": end - begin, "steady": steady}
 
 

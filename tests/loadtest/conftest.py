@@ -1,8 +1,10 @@
 """A stub server, and Locust in a process of its own: it patches the standard library of the one it is imported into."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +44,19 @@ def serve() -> Iterator[Callable[..., tuple[Stub, str]]]:
 def load(tmp_path: Path) -> Callable[..., Outcome]:
     """Run the load test to its end. The machine of a test is busy, so the client may be late unless a test says."""
 
-    def run(host: str, *options: str) -> Outcome:
+    def run(host: str, *options: str, interrupt_when: Callable[[], bool] | None = None) -> Outcome:
         file = tmp_path / "report.json"
         command = [sys.executable, "-m", "loadtest", "run", "--host", host]
         command += ["--max-lag", "60s", "--report", str(file), *options]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        with subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            if interrupt_when is not None:
+                while not interrupt_when():
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=120)
         report = json.loads(file.read_text()) if file.exists() else {}
-        return Outcome(done.returncode, done.stdout + done.stderr, report)
+        return Outcome(process.returncode, output, report)
 
     return run

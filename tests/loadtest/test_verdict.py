@@ -243,3 +243,13 @@ def test_a_server_that_is_not_there_is_an_invalid_run(load, processes):
     done = load("http://127.0.0.1:9", "-t", "5s", *processes)
     assert done.exit_code == 2
     assert "does not answer as an OpenAI-compatible server" in done.output
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_still_reports_what_it_measured_and_an_open_loop_is_invalid(serve, load, tmp_path):
+    stub, host = serve()
+    options = ("--arrivals", "constant:rate=10", "-t", "60s")
+    done = load(host, *options, interrupt_when=lambda: len(stub.streamed) >= 5)
+    assert done.exit_code == 2
+    assert 5 <= done.report["requests"] == len(stub.streamed) < 600
+    assert done.report["reasons"] == [f"{len(stub.streamed)} of 600 arrivals of the schedule were sent"]
