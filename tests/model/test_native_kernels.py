@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.config import RopeConfig
+from model.kernels.cpu import build as build_module
 from model.kernels.cpu import library
-from model.kernels.cpu.build import build, find_compiler
 from model.kernels.cpu.pack import Arena, Matrix, interleave, up
 from model.layers import ACTIVATIONS
 from model.rotary import Rotary, rotate
@@ -363,11 +363,11 @@ def test_a_query_of_nan_spoils_itself_and_no_other(kernels):
 @pytest.mark.timeout(1800)  # it compiles every kernel with a check at each access
 @pytest.mark.skipif(LIBRARY is not None, reason="this is that run")
 def test_no_kernel_reads_or_writes_where_it_must_not():
-    compiler = find_compiler()
+    compiler = build_module.find_compiler()
     sanitizer = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     if not Path(sanitizer.stdout.strip()).is_absolute():
         pytest.skip(f"{compiler} has no AddressSanitizer here")
-    checked = build(("-fsanitize=address", "-O1"))
+    checked = build_module.build(("-fsanitize=address", "-O1"))
     files = [str(Path(__file__).with_name(f"test_native_{name}.py")) for name in ("kernels", "step")]
     environment = os.environ | {
         "ATTENDANT_TEST_LIBRARY": str(checked),
@@ -377,6 +377,33 @@ def test_no_kernel_reads_or_writes_where_it_must_not():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@pytest.mark.skipif(LIBRARY is not None, reason="that build has flags of its own")
+class TestBuild:
+    def test_a_library_of_these_sources_is_compiled_once(self, monkeypatch):
+        first = build_module.build()
+        monkeypatch.setattr(build_module, "_compile", None)
+        assert build_module.build() == first
+
+    def test_one_that_is_there_needs_no_compiler(self, monkeypatch):
+        first = build_module.build()
+        monkeypatch.setattr(build_module, "COMPILERS", ())
+        assert build_module.build() == first
+
+    def test_without_compiler_and_library_the_reason_is_told(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr(build_module, "COMPILERS", ())
+        monkeypatch.setattr(build_module, "DIRECTORIES", (tmp_path,))
+        with pytest.raises(build_module.NoLibrary, match=r"no C\+\+ compiler"):
+            build_module.build()
+        assert build_module.main() == 0
+        assert "torch computes instead" in capsys.readouterr().err
+
+    def test_what_the_compiler_says_is_told(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(build_module, "DIRECTORIES", (tmp_path,))
+        with pytest.raises(build_module.NoLibrary, match="no-such-flag"):
+            build_module.build(("--no-such-flag",))
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_the_structs_of_python_are_those_of_c():

@@ -104,6 +104,15 @@ def test_prefill_chunks_and_decode_give_the_same_bits(name, dtype):
     assert torch.equal(torch.cat(steps), expected)
 
 
+def test_a_context_that_is_split_over_the_threads_gives_the_same_bits(dtype):
+    scene = Scene(tiny(), dtype)
+    sequence = scene.add(800)
+    scene.run((sequence, 0, 500))
+    together = scene.run((sequence, 500, 800))
+    for position in (600, 767, 768, 799):  # of three and four splits
+        assert torch.equal(scene.run((sequence, position, position + 1))[0], together[position - 500])
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_sequence_gives_the_same_bits_in_any_company(name, dtype):
     scene = Scene(SHAPES[name], dtype)

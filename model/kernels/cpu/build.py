@@ -23,6 +23,8 @@ WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-unknown-pragmas -Wno-unused-function".
 AVX2 = "-mavx2 -mfma".split()
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16".split()
 COMPILERS = ("g++", "clang++")
+# Beside the sources, as where an image is built; or else in the user's own cache.
+DIRECTORIES = (SOURCES / "build", Path.home() / ".cache" / "attendant")
 
 
 class NoLibrary(Exception):  # noqa: N818 - not an error: torch computes the step then
@@ -30,23 +32,39 @@ class NoLibrary(Exception):  # noqa: N818 - not an error: torch computes the ste
 
 
 def build(extra_flags: Sequence[str] = ()) -> Path:
-    """The compiled library, compiled now if it is not there yet. Raises `NoLibrary`."""
-    compiler = find_compiler()
+    """The compiled library, compiled now if it is not there yet. Raises `NoLibrary`.
+
+    Where the compiler is gone (an image that was built elsewhere), any library of these sources will do.
+    """
     units = compilation_units()
-    target = _cache() / f"step-{_fingerprint(compiler, units, extra_flags)}.so"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            objects = [Path(scratch) / f"{source.stem}.o" for source in units]
-            commands = [
-                [compiler, *FLAGS, *WARNINGS, *flags, *extra_flags, "-c", str(source), "-o", str(out)]
-                for (source, flags), out in zip(units.items(), objects, strict=True)
-            ]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(_run, commands))
-            library = Path(scratch) / target.name
-            _run([compiler, "-shared", *extra_flags, *map(str, objects), "-o", str(library), "-pthread"])
-            library.replace(target)  # at once, so that several processes may build at the same time
-    return target
+    name = f"step-{_fingerprint(units, extra_flags)}"
+    try:
+        compiler = find_compiler()
+    except NoLibrary:
+        if built := _built(f"{name}-*.so"):
+            return built
+        raise
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    name = f"{name}-{hashlib.sha256(version.encode()).hexdigest()[:8]}.so"
+    return _built(name) or _compile(compiler, units, extra_flags, _writable() / name)
+
+
+def _built(pattern: str) -> Path | None:
+    return next((file for directory in DIRECTORIES for file in directory.glob(pattern)), None)
+
+
+def _compile(compiler: str, units: dict[Path, list[str]], extra_flags: Sequence[str], target: Path) -> Path:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        objects = [Path(scratch) / f"{source.stem}.o" for source in units]
+        commands = [
+            [compiler, *FLAGS, *WARNINGS, *flags, *extra_flags, "-c", str(source), "-o", str(out)]
+            for (source, flags), out in zip(units.items(), objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, commands))
+        library = Path(scratch) / target.name
+        _run([compiler, "-shared", *extra_flags, *map(str, objects), "-o", str(library), "-pthread"])
+        return library.replace(target)  # at once, so that several processes may build at the same time
 
 
 def find_compiler() -> str:
@@ -69,24 +87,22 @@ def compilation_units() -> dict[Path, list[str]]:
     return units
 
 
-def _fingerprint(compiler: str, units: dict[Path, list[str]], extra_flags: Sequence[str]) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256(repr((version, FLAGS, list(units.values()), list(extra_flags))).encode())
+def _fingerprint(units: dict[Path, list[str]], extra_flags: Sequence[str]) -> str:
+    digest = hashlib.sha256(repr((FLAGS, list(units.values()), list(extra_flags))).encode())
     for file in sorted([*units, *SOURCES.glob("*.h")]):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _cache() -> Path:
-    """Beside the sources, where an image is built; or else the user's own cache."""
-    for directory in (SOURCES / "build", Path.home() / ".cache" / "attendant"):
+def _writable() -> Path:
+    for directory in DIRECTORIES:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):
                 return directory
         except OSError:
             continue
-    raise NoLibrary(f"neither {SOURCES / 'build'} nor the user's cache can be written")
+    raise NoLibrary(f"none of {', '.join(map(str, DIRECTORIES))} can be written")
 
 
 def _run(command: list[str]) -> None:
