@@ -5,7 +5,6 @@ trains on whole sequences, prefills a chunk and decodes a batch: only the `Atten
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from model.attention.scores import Attend, Scores
 from model.config import ModelConfig
-from model.layers import MLP, Int8Linear, Linear, MixtureOfExperts, RMSNorm, TiledLinear, norm
+from model.layers import MLP, Int8Linear, Linear, MixtureOfExperts, RMSNorm, TiledLinear, norm, replace_linears
 from model.rotary import Rotary, rotate
 
 # Each rotary table's cosines and sines for the step's tokens; None stands for no rotary positions at all.
@@ -56,6 +55,18 @@ class DecoderLayer(nn.Module):
         x = x + self.attention_post_norm(self.output(attended.flatten(1)))
         out: Tensor = x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
         return out
+
+    @torch.no_grad()
+    def fold_scores(self) -> None:
+        """See `Decoder.fold_scores`. A second time it does nothing."""
+        if self.scores.query_projection is None and self.scores.key_projection is None:
+            return
+        q_size, k_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        for rows in (self.qkv.weight, self.qkv.bias):
+            if rows is not None:
+                q, k, _ = rows.data.split((q_size, k_size, k_size))
+                self.scores.fold(q.unflatten(0, (-1, self.head_dim)), k.unflatten(0, (-1, self.head_dim)))
+        self.scores.query_projection = self.scores.key_projection = None
 
 
 class Decoder(nn.Module):
@@ -142,29 +153,17 @@ class Decoder(nn.Module):
 
         For serving: a multiplicative score then is a dot product, and an additive one has only its tanh left.
         """
-        q_size = self.config.num_heads * self.config.head_dim
-        k_size = self.config.num_kv_heads * self.config.head_dim
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
-            for rows in (layer.qkv.weight, layer.qkv.bias):
-                if rows is not None:
-                    q, k, _ = rows.data.split((q_size, k_size, k_size))
-                    layer.scores.fold(q.unflatten(0, (-1, layer.head_dim)), k.unflatten(0, (-1, layer.head_dim)))
-            layer.scores.query_projection = layer.scores.key_projection = None
+            layer.fold_scores()
 
     def quantize(self) -> None:
         """Replace the linear maps of the layers and the head by int8 ones, in place. The embedding keeps its dtype."""
-        self._replace_linears(Int8Linear)
+        replace_linears(self, Int8Linear)
 
     def fix_row_tiles(self) -> None:
         """Make every product's result independent of how many rows it is computed with. int8 maps are so already."""
-        self._replace_linears(TiledLinear)
-
-    def _replace_linears(self, replacement: Callable[[Linear], nn.Module]) -> None:
-        for module in list(self.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, Linear):
-                    setattr(module, name, replacement(child))
+        replace_linears(self, TiledLinear)
 
 
 def _qk_norm(config: ModelConfig, projection_size: int) -> RMSNorm | None:

@@ -5,26 +5,13 @@ is refused when the checkpoint is read: it might change the result.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from model import config_json as read
 from model.config import ModelConfig
-
-# Fields of a config.json that say where it came from or how it was trained, never what it computes.
-HARMLESS = frozenset(
-    {
-        "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "attn_implementation",
-        "attn_pdrop", "auto_map", "cache_implementation", "chunk_size_feed_forward", "dtype", "embd_pdrop", "id2label",
-        "initializer_range", "is_encoder_decoder", "is_llama_config", "label2id", "model_type", "output_attentions",
-        "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type",
-        "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise", "summary_activation",
-        "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
-        "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
-        "use_cache",
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +56,16 @@ class Family:
             for name, value in changes.items()
         }
         return replace(self, **merged)
+
+    def tensor_names(self, parameter: str) -> tuple[str, ...]:
+        """The tensors that one of our parameters is stacked from: `layers.3.qkv.weight` -> q, k and v of layer 3."""
+        numbers: dict[str, str] = {}
+        pattern = parameter
+        for sign, before in (("i", "layers"), ("e", "experts")):
+            if found := re.search(rf"\b{before}\.(\d+)", pattern):
+                numbers[sign] = found[1]
+                pattern = pattern.replace(found[0], f"{before}.{{{sign}}}", 1)
+        return tuple(name.format(**numbers) for name in self.tensors.get(pattern, (parameter,)))
 
 
 def _projections(layer: str, ending: str) -> dict[str, tuple[str, ...]]:

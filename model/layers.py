@@ -48,12 +48,19 @@ class Int8Linear(nn.Module):
     are exact in any order.
     """
 
+    ROWS = 1024  # quantized at a time: a vocabulary's head would take three times its memory at once
+
     def __init__(self, linear: Linear) -> None:
         super().__init__()
-        weight = linear.weight.detach().float()
-        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127.0
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8).t().contiguous().t())
-        self.register_buffer("scale", scale)
+        weight = linear.weight.detach()
+        columns = torch.empty(weight.shape[::-1], dtype=torch.int8, device=weight.device)
+        scales = []
+        for rows, out in zip(weight.split(self.ROWS), columns.split(self.ROWS, dim=1), strict=True):
+            scale = rows.abs().amax(dim=1).float().clamp(min=1e-12) / 127.0
+            out.copy_((rows.float() / scale[:, None]).round().t())
+            scales.append(scale)
+        self.register_buffer("weight", columns.t())
+        self.register_buffer("scale", torch.cat(scales))
         self.bias = linear.bias
         self.weight: Tensor
         self.scale: Tensor
@@ -64,6 +71,15 @@ class Int8Linear(nn.Module):
         quantized = (x / x_scale).round().to(torch.int8)
         product = torch._int_mm(quantized, self.weight.t()).float() * x_scale * self.scale
         return (product if self.bias is None else product + self.bias).to(x.dtype)
+
+
+def replace_linears(root: nn.Module, replacement: Callable[[Linear], nn.Module]) -> None:
+    """Put something else in the place of every `Linear` under `root`. Each is gone before the next one is looked at."""
+    for name, child in root.named_children():
+        if isinstance(child, Linear):
+            setattr(root, name, replacement(child))
+        else:
+            replace_linears(child, replacement)
 
 
 class RMSNorm(nn.Module):

@@ -19,9 +19,12 @@ class Rotary(nn.Module):
         super().__init__()
         self.config = config
         self.rotary_dim = config.rotary_dim or head_dim
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse_frequencies(config, head_dim))
-        self.register_buffer("cos", angles.cos() * config.attention_factor, persistent=False)
-        self.register_buffer("sin", angles.sin() * config.attention_factor, persistent=False)
+        with torch.device("cpu"):  # whatever device weights are made on: on `meta` this would import half of torch
+            angles = torch.outer(
+                torch.arange(max_positions, dtype=torch.float32), inverse_frequencies(config, head_dim)
+            )
+            self.register_buffer("cos", angles.cos() * config.attention_factor, persistent=False)
+            self.register_buffer("sin", angles.sin() * config.attention_factor, persistent=False)
         self.cos: Tensor  # [max_positions, rotary_dim / 2]
         self.sin: Tensor
 

@@ -16,6 +16,8 @@ ORDER = (
     "model.config",
     "model.config_json",
     "model.families",
+    "model.directory",
+    "model.tensor_file",
     "model.rotary",
     "model.layers",
     "model.cache",

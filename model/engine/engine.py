@@ -50,10 +50,9 @@ class Engine:
     def from_checkpoint(cls, directory: Path, config: EngineConfig) -> "Engine":
         """Load a model directory. Raises `CheckpointError` and `ConfigError`."""
         device = resolve_device(config.device)
-        decoder = load_checkpoint(directory, dtype=resolve_dtype(config.dtype, device), device=device)
+        dtype = resolve_dtype(config.dtype, device)
+        decoder = load_checkpoint(directory, dtype=dtype, device=device, int8=config.dtype == "int8")
         decoder.fold_scores()
-        if config.dtype == "int8":
-            decoder.quantize()
         if config.deterministic:
             decoder.fix_row_tiles()
         return cls(decoder, config)

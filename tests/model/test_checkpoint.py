@@ -128,7 +128,7 @@ def test_an_index_cannot_point_outside_its_directory(directory):
     index = shard(directory)
     index["weight_map"][NORM] = "../a.safetensors"
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="not the name of a file in this directory"):
+    with pytest.raises(CheckpointError, match="not the name of a safetensors file in this directory"):
         inspect_checkpoint(directory)
 
 
