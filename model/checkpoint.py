@@ -5,6 +5,7 @@ one. `inspect_checkpoint` finds most of it from the headers alone, before anythi
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from model.tensor_file import DTYPES, TensorFile
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def _tensor_files(directory: Path) -> dict[str, TensorFile]:
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index}: has no weight_map")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        if not isinstance(name, str) or not SHARD.fullmatch(name):
             raise CheckpointError(f"{index}: {name!r} is not the name of a safetensors file in this directory")
     shards = {name: TensorFile(directory / name) for name in sorted(set(weight_map.values()))}
     for tensor, name in weight_map.items():
