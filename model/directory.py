@@ -13,13 +13,13 @@ from model.families import FAMILIES, Derived, Family
 HARMLESS = frozenset(
     {
         "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "attn_implementation",
-        "attn_pdrop", "auto_map", "cache_implementation", "chunk_size_feed_forward", "dtype", "embd_pdrop", "id2label",
-        "initializer_range", "is_encoder_decoder", "is_llama_config", "label2id", "model_type", "output_attentions",
-        "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type",
-        "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise", "summary_activation",
-        "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
-        "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
-        "use_cache",
+        "attn_pdrop", "auto_map", "cache_implementation", "chunk_size_feed_forward", "dtype", "embd_pdrop",
+        "gradient_checkpointing", "id2label", "initializer_range", "is_encoder_decoder", "is_llama_config", "label2id",
+        "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+        "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise",
+        "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+        "task_specific_params", "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_fixed",
+        "unsloth_version", "use_cache",
     }
 )  # fmt: skip
 

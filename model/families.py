@@ -399,3 +399,7 @@ def table() -> str:
     """The families as a table in Markdown, for people."""
     rows = [f"| {family.title} | `{name}` | {family.traits} |" for name, family in FAMILIES.items()]
     return "\n".join(["| family | `model_type` | what it adds |", "|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(table())
