@@ -1,6 +1,8 @@
 """The parts of a decoder that are not attention: linear maps, norms, the MLP, the mixture of experts."""
 
-from collections.abc import Callable
+import math
+import mmap
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,7 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: Linear) -> None:
         super().__init__()
         weight = linear.weight.detach()
-        columns = torch.empty(weight.shape[::-1], dtype=torch.int8, device=weight.device)
+        columns = weight_memory(weight.shape[::-1], torch.int8, weight.device)
         scales = []
         for rows, out in zip(weight.split(self.ROWS), columns.split(self.ROWS, dim=1), strict=True):
             scale = rows.abs().amax(dim=1).float().clamp(min=1e-12) / 127.0
@@ -71,6 +73,19 @@ class Int8Linear(nn.Module):
         quantized = (x / x_scale).round().to(torch.int8)
         product = torch._int_mm(quantized, self.weight.t()).float() * x_scale * self.scale
         return (product if self.bias is None else product + self.bias).to(x.dtype)
+
+
+def weight_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Undefined memory for a weight; on the CPU apart from the heap, where it is large.
+
+    So it goes back to the system at once when the weight is quantized or packed: what is freed on the heap between
+    blocks that live stays with the process.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size < 2**20:
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def replace_linears(root: nn.Module, replacement: Callable[[Linear], nn.Module]) -> None:

@@ -15,7 +15,7 @@ from service import __version__
 from service.cli_chat import ApiKey, chat
 from service.cli_keys import keys
 from service.data_plane import DataPlane
-from service.hub import EMBEDDED, resolve
+from service.hub import EMBEDDED, display_name, resolve
 
 if TYPE_CHECKING:
     from service.generate import Job, Remote
@@ -91,6 +91,7 @@ def serve(
 
     args = AppArgs(
         model=str(resolve(model)),
+        model_name=display_name(model),
         replicas=replicas,
         dtype=dtype,
         device=device,

@@ -176,4 +176,4 @@ def _cause(text: str) -> str:
 def _welcome(args: "AppArgs", address: Address) -> str:
     body = '{"prompt": "Once upon a time", "max_tokens": 100, "stream": true}'
     curl = f"curl -N {address.url}/v1/completions -H 'content-type: application/json' -d '{body}'"
-    return f"Attendant is ready with {Path(args.model).name}. Try: {curl}"
+    return f"Attendant is ready with {args.model_name or Path(args.model).name}. Try: {curl}"

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import Template
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 RENDER_SECONDS = 1.0  # of processor time
@@ -31,12 +34,27 @@ class Refused(Exception):  # noqa: N818 - the template's own verdict
 def compile_template(source: str) -> Template:
     """The template, in a sandbox that cannot change what it is given. Raises whatever Jinja does."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return environment.from_string(source)
+
+
+class _Generation(Extension):
+    """`{% generation %}`: marks for training what the assistant has said. What is inside is rendered as it stands."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """As `transformers` has it: Jinja's own would escape what HTML cannot bear."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 def serve() -> None:

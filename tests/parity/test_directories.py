@@ -172,3 +172,22 @@ def test_a_chat_template_in_either_place_renders_as_theirs_does(tmp_path, place)
     for prompt in (True, False):
         expected = reloaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         assert ours.render(messages, add_generation_prompt=prompt) == expected
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{% if m.role == 'assistant' %}{%- generation -%} {{ m.content }} {%- endgeneration -%}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+        "{{ messages | tojson }}{{ messages[0] | tojson(indent=2, ensure_ascii=True) }}{{ '<&>' | tojson }}",
+        "{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m.content | upper }}{% endfor %}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n}}{{ tools }}",
+    ],
+)
+def test_what_transformers_adds_to_jinja_renders_as_theirs_does(source):
+    fast = FastTokenizer(models.WordLevel({"<s>": 0, "a": 1}, unk_token="a"))
+    theirs = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", chat_template=source)
+    messages = [{"role": "user", "content": "naïve <b>"}, {"role": "assistant", "content": "🦊\n"}]
+    template = ChatTemplate(source, {"bos_token": "<s>"})
+    assert template.render(messages) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    template.close()
