@@ -20,7 +20,7 @@ from model.decoder import Decoder, DecoderLayer
 from model.directory import read_config, read_json
 from model.errors import CheckpointError
 from model.families import ATTENDANT, LLAMA, Derived, Family
-from model.layers import Int8Linear, replace_linears, weight_memory
+from model.layers import Int8Linear, replace_linears
 from model.tensor_file import DTYPES, TensorFile
 
 WEIGHTS = "model.safetensors"
@@ -212,7 +212,7 @@ def _fill(
 ) -> None:
     """Give parameters their memory and copy the weights into it, fusing what we keep in one piece."""
     for name, parameter in parameters:
-        parameter.data = weight_memory(parameter.shape, dtype, device)
+        parameter.data = torch.empty(parameter.shape, dtype=dtype, device=device)
         parts = _parts(checkpoint.config, checkpoint.family, name, len(parameter))
         for tensor, place in zip(parts, parameter.data.split(list(parts.values())), strict=True):
             _copy(checkpoint, tensor, place)

@@ -1,8 +1,6 @@
 """The parts of a decoder that are not attention: linear maps, norms, the MLP, the mixture of experts."""
 
-import math
-import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -50,19 +48,21 @@ class Int8Linear(nn.Module):
     are exact in any order.
     """
 
-    ROWS = 1024  # quantized at a time: a vocabulary's head would take three times its memory at once
+    PIECE = 2**17  # weights quantized at a time: the head of a large vocabulary would take twice its memory again
 
     def __init__(self, linear: Linear) -> None:
         super().__init__()
-        weight = linear.weight.detach()
-        columns = weight_memory(weight.shape[::-1], torch.int8, weight.device)
-        scales = []
-        for rows, out in zip(weight.split(self.ROWS), columns.split(self.ROWS, dim=1), strict=True):
-            scale = rows.abs().amax(dim=1).float().clamp(min=1e-12) / 127.0
-            out.copy_((rows.float() / scale[:, None]).round().t())
-            scales.append(scale)
-        self.register_buffer("weight", columns.t())
-        self.register_buffer("scale", torch.cat(scales))
+        dense, device = linear.weight.detach(), linear.weight.device
+        # Input by input, as the product wants it; a transposed view would hold on to what it is a view of.
+        weight = torch.empty_strided(dense.shape, (1, len(dense)), dtype=torch.int8, device=device)
+        scale = torch.empty(len(dense), device=device)
+        pieces = (x.split(max(1, self.PIECE // dense.shape[1])) for x in (dense, weight, scale))
+        for rows, quantized, scales in zip(*pieces, strict=True):
+            low, high = rows.aminmax(dim=1)
+            scales.copy_(torch.maximum(-low, high).float().clamp(min=1e-12) / 127.0)
+            quantized.copy_((rows.float() / scales[:, None]).round_().to(torch.int8))
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
         self.bias = linear.bias
         self.weight: Tensor
         self.scale: Tensor
@@ -73,19 +73,6 @@ class Int8Linear(nn.Module):
         quantized = (x / x_scale).round().to(torch.int8)
         product = torch._int_mm(quantized, self.weight.t()).float() * x_scale * self.scale
         return (product if self.bias is None else product + self.bias).to(x.dtype)
-
-
-def weight_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Undefined memory for a weight; on the CPU apart from the heap, where it is large.
-
-    So it goes back to the system at once when the weight is quantized or packed: what is freed on the heap between
-    blocks that live stays with the process.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or size < 2**20:
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def replace_linears(root: nn.Module, replacement: Callable[[Linear], nn.Module]) -> None:

@@ -16,7 +16,7 @@ from model.config import EngineConfig
 from model.decoder import Decoder
 from model.engine.batch import decodes_first, stage
 from model.engine.forward import choose_kernels
-from model.engine.memory import resolve_device, resolve_dtype, size_cache
+from model.engine.memory import resolve_device, resolve_dtype, returning_freed_memory, size_cache
 from model.engine.request import Request, TokenOutput
 from model.engine.runner import Runner
 from model.engine.scheduler import ScheduledStep, Scheduler
@@ -51,11 +51,12 @@ class Engine:
         """Load a model directory. Raises `CheckpointError` and `ConfigError`."""
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
-        decoder = load_checkpoint(directory, dtype=dtype, device=device, int8=config.dtype == "int8")
-        decoder.fold_scores()
-        if config.deterministic:
-            decoder.fix_row_tiles()
-        return cls(decoder, config)
+        with returning_freed_memory():
+            decoder = load_checkpoint(directory, dtype=dtype, device=device, int8=config.dtype == "int8")
+            decoder.fold_scores()
+            if config.deterministic:
+                decoder.fix_row_tiles()
+            return cls(decoder, config)
 
     @property
     def has_work(self) -> bool:

@@ -76,11 +76,13 @@ class Arena:
         weight, kind = matrix.weight, INT8 if matrix.scale is not None else BF16
         inputs = weight.shape[1]
         word = 4 // weight.itemsize  # inputs that are multiplied at once
-        panels = F.pad(weight, (0, -inputs % INPUTS)).view(-1, PANEL, up(inputs, INPUTS) // word, word).transpose(1, 2)
+        if inputs % INPUTS:
+            weight = F.pad(weight, (0, -inputs % INPUTS))
+        panels = weight.unflatten(1, (-1, word)).unflatten(0, (-1, PANEL)).transpose(1, 2)
         place = self._memory[self._used : self._used + panels.numel() * panels.itemsize]
         self._used += len(place)
         place.view(panels.dtype).view(panels.shape).copy_(panels)
-        correction = None if matrix.scale is None else 128 * weight.sum(dim=1, dtype=torch.int32)
+        correction = None if matrix.scale is None else 128 * _row_sums(weight)
         return Linear(
             weight=place.data_ptr(),
             scale=self.keep(matrix.scale),
@@ -108,9 +110,15 @@ def release(*modules: nn.Module) -> None:
         weight.data = torch.empty(0, dtype=weight.dtype)
 
 
+def _row_sums(weight: Tensor) -> Tensor:
+    """The sum of each row, int32. Some rows at a time: torch would first make int32 of the whole."""
+    return torch.cat([rows.sum(dim=1, dtype=torch.int32) for rows in weight.split(1024)])
+
+
 def pad_first(x: Tensor, multiple: int) -> Tensor:
     """Zeros behind the first dimension, up to a multiple."""
-    return torch.cat([x, x.new_zeros(-len(x) % multiple, *x.shape[1:])])
+    missing = -len(x) % multiple
+    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
 
 
 def up(count: int, multiple: int) -> int:
