@@ -12,11 +12,10 @@ score then costs what a dot product does, and takes every fast path of it.
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
 
@@ -112,21 +111,62 @@ def additive(q: Tensor, k: Tensor, energy: Tensor) -> Tensor:
     """v . tanh(q + k) of projected queries and keys (Bahdanau et al. 2015, appendix A.1.2). Differentiable.
 
     q: [..., num_heads, num_queries, head_dim]; k: [..., num_heads, num_keys, head_dim]; energy: [num_heads, head_dim].
-    Some queries at a time: all pairs at once would need head_dim numbers each. For the same reason the backward pass
-    computes a slice's pairs again instead of keeping them (Chen et al. 2016).
+    Some queries at a time: all pairs at once would need head_dim numbers each.
     """
-    rows = max(1, MAX_PAIR_ELEMENTS // max(1, k.numel()))
-    slices = q.split(rows, dim=-2)
-    if torch.is_grad_enabled():
-        parts = [checkpoint(_pairs, part, k, energy, use_reentrant=False, preserve_rng_state=False) for part in slices]
-    else:
-        parts = [_pairs(part, k, energy) for part in slices]
-    return torch.cat(parts, dim=-2)
+    scores: Tensor = _Additive.apply(q, k, energy)  # type: ignore[no-untyped-call]
+    return scores
 
 
-def _pairs(q: Tensor, k: Tensor, energy: Tensor) -> Tensor:
-    # Not a matrix product: the order of its sums depends on how many pairs there are, and a score must not.
-    return (torch.tanh(q.unsqueeze(-2) + k.unsqueeze(-3)) * energy[:, None, None]).sum(dim=-1)
+class _Additive(torch.autograd.Function):
+    """The backward pass computes each slice's tanh again: kept, they would be all pairs at once after all."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, energy: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, energy)
+        scores = q.new_empty(*q.shape[:-1], k.shape[-2])
+        room = _room(q, k)
+        for rows in _slices(q, k):
+            # Not a matrix product: the order of its sums depends on how many pairs there are, and a score must not.
+            pairs = _tanh(q[..., rows, :], k, room).mul_(energy[:, None, None])
+            scores[..., rows, :] = pairs.sum(dim=-1)
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, energy = ctx.saved_tensors
+        to_q, to_k, to_energy = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(energy)
+        room, more_room = _room(q, k), _room(q, k)
+        for rows in _slices(q, k):
+            wanted = grad[..., rows, :].unsqueeze(-1)
+            tanh = _tanh(q[..., rows, :], k, room)
+            found = torch.mul(tanh, wanted, out=_as(more_room, tanh.shape))
+            to_energy += found.sum(dim=(-3, -2)).reshape(-1, *energy.shape).sum(dim=0)
+            # tanh' = 1 - tanh^2
+            inner = torch.addcmul(wanted, found, tanh, value=-1, out=tanh).mul_(energy[:, None, None])
+            to_q[..., rows, :] = inner.sum(dim=-2)
+            to_k += inner.sum(dim=-3)
+        return to_q, to_k, to_energy
+
+
+def _slices(q: Tensor, k: Tensor) -> list[slice]:
+    """Of the queries: as many at a time as `MAX_PAIR_ELEMENTS` allow."""
+    size = max(1, MAX_PAIR_ELEMENTS // max(1, k.numel()))
+    return [slice(first, min(first + size, q.shape[-2])) for first in range(0, q.shape[-2], size)]
+
+
+def _room(q: Tensor, k: Tensor) -> Tensor:
+    """One for all slices: the C library would give each a new place, and keep them all in the end."""
+    return k.new_empty(max((rows.stop - rows.start for rows in _slices(q, k)), default=0) * k.numel())
+
+
+def _as(room: Tensor, shape: Sequence[int]) -> Tensor:
+    return room[: math.prod(shape)].view(*shape)
+
+
+def _tanh(q: Tensor, k: Tensor, room: Tensor) -> Tensor:
+    """Of each pair's sum, [..., num_heads, num_queries, num_keys, head_dim], in `room`."""
+    pairs = _as(room, (*q.shape[:-1], *k.shape[-2:]))
+    return torch.add(q.unsqueeze(-2), k.unsqueeze(-3), out=pairs).tanh_()
 
 
 def softmax(scores: Tensor, seen: Tensor, sinks: Tensor | None) -> Tensor:
