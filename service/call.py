@@ -63,6 +63,10 @@ class Call:
         except TimeoutError:
             raise DeadlineExceeded from None
 
+    def failed(self, error: Exception) -> None:
+        """Have the log tell what went wrong, by its kind: the message may quote the client."""
+        self.log["error"] = type(error).__name__
+
     def reserve(self, num_tokens: int) -> None:
         """Take what the request may need at most from its key's tokens. Raises `Overloaded`."""
         if self.key is not None and self.quota is not None:

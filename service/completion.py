@@ -117,7 +117,10 @@ class Choice:
 
 
 class Completion:
-    """All choices of one request. Iterate it for the text; close it whatever happens."""
+    """All choices of one request. Iterate it for the text; close it whatever happens.
+
+    call: the request that it answers.
+    """
 
     def __init__(
         self,
@@ -130,7 +133,7 @@ class Completion:
         empty: bool,
     ) -> None:
         self._service = service
-        self._call = call
+        self.call = call
         self._generation = generation
         self._fields = fields
         self._choices = [
@@ -245,10 +248,10 @@ class Completion:
     async def ending(self, *, with_usage: bool = True) -> dict[str, object]:
         """What an answer says at its end, as far as it was asked for: `usage`, `receipt`."""
         ending: dict[str, object] = {"usage": self.usage()} if with_usage else {}
-        if self._call.wants_receipt:
+        if self.call.wants_receipt:
             stream = self._generation.streams[0]
             noted = await self._service.dispatcher.receipt(stream)
-            ending["receipt"] = write_receipt(self._call, noted, self._num_cached_tokens(), stream.resumes)
+            ending["receipt"] = write_receipt(self.call, noted, self._num_cached_tokens(), stream.resumes)
         return ending
 
     def close(self) -> None:
@@ -259,8 +262,8 @@ class Completion:
         metrics.cached_tokens.inc(self._num_cached_tokens())
         metrics.prompt_length.observe(self._num_prompt_tokens)
         num_generated = sum(choice.num_tokens for choice in self._choices)
-        self._call.settle(self._num_prompt_tokens + num_generated)
-        self._call.log.update(
+        self.call.settle(self._num_prompt_tokens + num_generated)
+        self.call.log.update(
             prompt_tokens=self._num_prompt_tokens,
             cached_tokens=self._num_cached_tokens(),
             completion_tokens=num_generated,
@@ -278,9 +281,9 @@ class Completion:
 
     async def _next(self) -> list[Piece]:
         """The next pieces. Raises `DeadlineExceeded`, whatever the engine is doing."""
-        if self._call.deadline is None:
+        if self.call.deadline is None:
             return await self._generation.next()
-        async with self._call.in_time():
+        async with self.call.in_time():
             return await self._generation.next()
 
     def _num_cached_tokens(self) -> int:
@@ -292,12 +295,12 @@ class Completion:
             return None
         before = choice.num_tokens
         text = choice.feed(piece)
-        if self._call.wants_receipt:
-            self._call.detokenize_seconds += time.perf_counter() - now
+        if self.call.wants_receipt:
+            self.call.detokenize_seconds += time.perf_counter() - now
         if before == 0:
             choice.first_at = now
             choice.num_cached_tokens = piece.num_cached_tokens
-            metrics.ttft.observe(now - self._call.arrived)
+            metrics.ttft.observe(now - self.call.arrived)
         else:
             metrics.itl.observe((now - choice.last_at) / max(1, choice.num_tokens - before))
         choice.last_at = now
@@ -316,7 +319,7 @@ class Completion:
         # A stop string ends the text while the engine is still writing.
         self._service.dispatcher.abort([self._generation.streams[index]])
         metrics.finished(choice.finish_reason or "")
-        metrics.e2e.observe(now - self._call.arrived)
+        metrics.e2e.observe(now - self.call.arrived)
         metrics.generation_length.observe(choice.num_tokens)
         if choice.num_tokens > 1:
             metrics.tpot.observe((choice.last_at - choice.first_at) / (choice.num_tokens - 1))

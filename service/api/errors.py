@@ -7,6 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from model.errors import AttendantError, InvalidRequest
+from service.call import call_of
 from service.errors import ServiceError
 
 
@@ -40,7 +41,8 @@ def error_response(error: Exception) -> JSONResponse:
 def install(app: FastAPI) -> None:
     """Fold what FastAPI and Starlette answer by themselves (404, 405) into our shape."""
 
-    async def refused(_: Request, error: Exception) -> JSONResponse:
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        call_of(request).failed(error)
         return error_response(error)
 
     async def no_route(request: Request, error: Exception) -> JSONResponse:

@@ -44,6 +44,7 @@ class Gate:
             if self._keys is not None and scope["path"] not in PROBES:
                 self._identify(self._keys, headers, call)
         except AttendantError as error:
+            call.failed(error)
             return await error_response(error)(scope, receive, send)
         try:
             await self._app(scope, receive, send)

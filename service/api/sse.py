@@ -105,6 +105,7 @@ class EventStream(StreamingResponse):
             ending = await last() + DONE
         except Exception as error:
             logger.exception("a stream broke off")
+            self._completion.call.failed(error)
             ending = self._failed(error) + DONE
         self._ended = True
         yield ending

@@ -109,6 +109,8 @@ async def test_each_request_has_one_line_in_the_log(
     assert (served["method"], served["route"], served["status"]) == ("POST", "/v1/completions", 200)
     assert (served["prompt_tokens"], served["completion_tokens"], served["finish_reasons"]) == (2, 8, ["length"])
     assert (refused["route"], refused["status"]) == ("/v1/completions", 400)
+    assert refused["error"] == "InvalidRequest"
+    assert "error" not in served
     assert (lost["route"], lost["status"]) == ("none", 404)
 
 
