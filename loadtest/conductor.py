@@ -26,20 +26,20 @@ CALIBRATION_WORDS = 100
 FAILED, INVALID = 1, 2  # exit codes
 
 
-class TestError(Exception):
+class SetupError(Exception):
     """A test that cannot start. Its text says why."""
 
 
 class Conductor:
-    """One for each test. Raises `TestError` at once where the options cannot be."""
+    """One for each test. Raises `SetupError` at once where the options cannot be."""
 
     def __init__(self, environment: Environment) -> None:
         options = environment.parsed_options
         assert options is not None
         if not environment.host:
-            raise TestError("say which server: --host http://127.0.0.1:8000")
+            raise SetupError("say which server: --host http://127.0.0.1:8000")
         if not options.run_time or options.warmup >= options.run_time:
-            raise TestError("--run-time must be longer than --warmup")
+            raise SetupError("--run-time must be longer than --warmup")
         self._environment = environment
         self._options = options
         self._server = Server(environment.host, options.api_key)
@@ -60,13 +60,13 @@ class Conductor:
             plan.workloads()
             self._num_arrivals = len(plan.schedule()) if plan.open_loop else None
         except (SloError, ScheduleError, WorkloadError, OSError) as error:
-            raise TestError(str(error)) from None
+            raise SetupError(str(error)) from None
         if plan.open_loop:  # one user in each process keeps its schedule
             options.num_users = options.expect_workers if isinstance(environment.runner, MasterRunner) else 1
             options.spawn_rate = options.num_users
 
     def prepare(self) -> Plan:
-        """Ask the server for what the plan needs, and read its counters. Raises `TestError`."""
+        """Ask the server for what the plan needs, and read its counters. Raises `SetupError`."""
         self._began = time.time()
         try:
             return self._prepare()
@@ -78,15 +78,15 @@ class Conductor:
         if isinstance(self._environment.runner, MasterRunner):
             num_workers = len(self._environment.runner.clients.ready)
             if self._num_arrivals is not None and num_workers != self._options.num_users:
-                raise TestError(f"{num_workers} workers, {self._options.num_users} expected: say --expect-workers")
+                raise SetupError(f"{num_workers} workers, {self._options.num_users} expected: say --expect-workers")
         try:
             self._options.served_model = self._options.served_model or self._server.model()
             tokens_per_word = self._calibrate()
         except (OSError, ValueError, LookupError) as error:
-            raise TestError(
+            raise SetupError(
                 f"{self._environment.host} does not answer as an OpenAI-compatible server: {error}"
             ) from None
-        self._before = self._server.counters()
+        self._before = self._server.settled_counters()
         self._plan = self._make_plan(num_workers, tokens_per_word)
         self._scraper = gevent.spawn(self._scrape)
         return self._plan

@@ -21,7 +21,7 @@ from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import LocalRunner, MasterRunner, Runner, WorkerRunner
 
-from loadtest.conductor import INVALID, Conductor, TestError
+from loadtest.conductor import INVALID, Conductor, SetupError
 from loadtest.plan import Plan
 from loadtest.sender import Sender
 from loadtest.slo import seconds
@@ -101,7 +101,7 @@ def wire(environment: Environment, runner: Any, **_: Any) -> None:
     if not isinstance(runner, WorkerRunner):
         try:
             here.conductor = Conductor(environment)
-        except TestError as error:
+        except SetupError as error:
             print(f"load test: {error}", file=sys.stderr)
             sys.exit(INVALID)
         runner.register_message("drained", here.conductor.on_drained)
@@ -118,7 +118,7 @@ def start(environment: Environment, **_: Any) -> None:
     if not isinstance(runner, WorkerRunner):
         try:
             options.plan = here.conductor.prepare().to_dict()
-        except TestError as error:
+        except SetupError as error:
             print(f"load test: {error}", file=sys.stderr)
             gevent.spawn(runner.quit)
             raise gevent.GreenletExit from None  # the greenlet that starts the users; StopTest would print a traceback

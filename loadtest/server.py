@@ -72,6 +72,11 @@ class Counters:
     waiting: float | None
     cache: float | None
 
+    @property
+    def counts(self) -> tuple[float | None, ...]:
+        """What only grows."""
+        return self.requests, self.prompt_tokens, self.completion_tokens
+
 
 @dataclass(frozen=True)
 class Check:
@@ -114,6 +119,17 @@ class Server:
             return read_counters(self._send("/metrics").decode(), time.time())
         except (OSError, ValueError):
             return None
+
+    def settled_counters(self) -> Counters | None:
+        """A scrape that tells the same as the one before it: what was asked until now has been counted."""
+        deadline = time.monotonic() + SETTLE_S
+        scrape = self.counters()
+        while scrape is not None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            before, scrape = scrape, self.counters()
+            if scrape is not None and scrape.counts == before.counts:
+                break
+        return scrape
 
     def settled_checks(self, before: Counters, records: Sequence[Record]) -> list[Check]:
         """Compare once the server has counted all that it will: as soon as all agree, or after `SETTLE_S`."""

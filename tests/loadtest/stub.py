@@ -34,6 +34,7 @@ class Stub:
 
     tokens: of each answer, or as many as asked for where None. reason: for which they end. metrics: whether it counts
     at all. refuse_after: requests after which it answers 429. lies: added to its counters after `lies_after` requests.
+    counts_late: seconds by which a request is counted after its answer.
     """
 
     first: float = 0.0
@@ -45,6 +46,7 @@ class Stub:
     metrics: bool = True
     lies: dict[str, int] = field(default_factory=dict)
     lies_after: int = 0
+    counts_late: float = 0.0
     served: list[Served] = field(default_factory=list)
     counters: Counter = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -70,8 +72,14 @@ class Stub:
         return [each for each in self.served if each.body["stream"]]
 
     def count(self, **amounts: int) -> None:
-        with self.lock:
-            self.counters.update(amounts)
+        def add() -> None:
+            with self.lock:
+                self.counters.update(amounts)
+
+        if self.counts_late:
+            threading.Timer(self.counts_late, add).start()
+        else:
+            add()
 
     def exposition(self) -> str:
         totals = Counter(self.counters)

@@ -193,6 +193,13 @@ def test_a_server_that_counts_one_too_many_makes_the_run_invalid(serve, load, na
 
 
 @pytest.mark.slow
+def test_a_server_that_counts_a_little_after_its_answer_is_waited_for(serve, load):
+    _, host = serve(counts_late=0.05)
+    done = load(host, *CONSTANT)
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.slow
 def test_a_client_that_sends_late_makes_the_run_invalid(serve, load):
     _, host = serve()
     done = load(host, *CONSTANT, "--max-lag", "1us")
