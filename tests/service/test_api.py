@@ -9,10 +9,11 @@ from typing import Any
 import httpx
 import pytest
 
+from model.sampling.result import TokenLogprobs
 from model.text.chat_template import ChatTemplate
 from model.text.tokenizer import Tokenizer
 from service.api.routes import create_api
-from service.channel import Refused
+from service.channel import Details, Refused
 from service.completion import Service
 from service.dispatch import Dispatcher
 from service.door import Door
@@ -145,6 +146,22 @@ async def test_a_choice_that_met_its_stop_string_is_aborted_while_the_others_go_
         assert a.aborted == [a.submitted[0].request_id]
         a.say(1, finish_reason="stop")
     assert [choice["finish_reason"] for choice in (await answering).json()["choices"]] == ["stop", "stop"]
+
+
+async def test_tokens_behind_a_stop_string_have_no_logprobs(api: httpx.AsyncClient, service: Service) -> None:
+    fleet = fleet_of(service)
+    ids, fleet.ids = fleet.ids, []  # type: ignore[attr-defined]  # this test speaks for the engine
+    answering = asyncio.create_task(complete(api, stop=" time", logprobs=0))
+    a = fleet.replicas["a"]
+    async with asyncio.timeout(5):
+        while not a.submitted:
+            await asyncio.sleep(0)
+        told = Details([TokenLogprobs(-1.0, []) for _ in ids], None, None)
+        a.outbox.put([(a.submitted[0].request_id, ids, "stop", 0, told)])  # all in one step, as a guess gives them
+    body = (await answering).json()
+    tokens = body["choices"][0]["logprobs"]["tokens"]
+    assert "".join(tokens) == "Once upon a time"
+    assert len(tokens) == body["usage"]["completion_tokens"] < len(ids)
 
 
 async def test_choices_of_several_prompts_are_indexed_prompt_by_prompt(api: httpx.AsyncClient) -> None:
