@@ -56,10 +56,8 @@ class SamplingParams:
         self._check_range("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         self._check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         self._check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        if not 0.0 < self.repetition_penalty <= 10.0:
-            raise InvalidRequest(
-                f"repetition_penalty must lie in (0, 10], not {self.repetition_penalty}", param="repetition_penalty"
-            )
+        # Not down to 0: logits over 5e-324 are no numbers.
+        self._check_range("repetition_penalty", self.repetition_penalty, 0.01, 10.0)
         self._check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
         self._check_range("logit_bias", len(self.logit_bias), 0, MAX_LOGIT_BIAS, what="number of entries")
         for bias in self.logit_bias.values():

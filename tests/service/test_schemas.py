@@ -91,7 +91,7 @@ def test_a_default_value_in_a_field_that_is_not_done_asks_for_nothing(field: str
         ("min_tokens", -1),
         ("frequency_penalty", False),
         ("presence_penalty", -2.5),
-        ("repetition_penalty", 0),
+        ("repetition_penalty", 5e-324),
         ("logit_bias", {"x": 1}),
         ("logit_bias", {"1": 101}),
         ("logit_bias", {str(token_id): 1 for token_id in range(1025)}),

@@ -131,7 +131,7 @@ class GenerationFields(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     logit_bias: (
         Annotated[
             dict[TokenIdText, Annotated[float, Field(ge=-100, le=100)]],
