@@ -10,6 +10,19 @@
 
 #include <atomic>
 
+// A number that only grows, and that threads wait for.
+class Signal {
+  public:
+    uint32_t now() const { return value_.load(std::memory_order_acquire); }
+    void wait_while(uint32_t old);
+    void advance();
+    void forget_sleepers() { sleepers_.store(0); }  // a fork has left them behind
+
+  private:
+    alignas(64) std::atomic<uint32_t> value_{0};
+    std::atomic<uint32_t> sleepers_{0};
+};
+
 class Team {
   public:
     Team(int size, int64_t max_phases);
@@ -44,9 +57,8 @@ class Team {
     pid_t process_ = 0;  // of the threads: a fork leaves them behind
     void (*work_)(void *, int) = nullptr;
     void *argument_ = nullptr;
-    alignas(64) std::atomic<uint32_t> generation_{0};
+    Signal generation_, meetings_;
     alignas(64) std::atomic<uint32_t> arrived_{0};
-    alignas(64) std::atomic<uint32_t> meetings_{0};
     std::atomic<bool> ending_{false};
 };
 
