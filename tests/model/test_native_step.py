@@ -137,6 +137,17 @@ def test_one_thread_and_three_give_the_same_bits(name, dtype):
     assert torch.equal(*results)
 
 
+def test_hundreds_of_steps_on_more_threads_than_cores_give_the_same_bits():
+    """Threads that lose their core come back late, into a phase or a step that is over: they must find nothing to do."""
+    shape = SHAPES["experts, one layer dense"]
+    few, many = Scene(shape, "int8", num_threads=1), Scene(shape, "int8", num_threads=7)
+    for scene in (few, many):
+        sequence = scene.add(400)
+    for position in range(400):
+        work = (sequence, position, position + 1)
+        assert torch.equal(many.run(work), few.run(work))
+
+
 @pytest.mark.parametrize("instruction_set", library.INSTRUCTION_SETS)
 def test_every_instruction_set_computes_the_step(instruction_set, dtype):
     if instruction_set not in library.load().instruction_sets:

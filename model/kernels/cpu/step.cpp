@@ -47,6 +47,7 @@ Step::Step(const Model &m, const Kernels &kernels)
 }
 
 Step::~Step() {
+    team.dismiss();
     delete routing;
     for (float *memory : {x, y, hidden, wide, attended, scales, expert_out, partial}) free(memory);
     for (void *memory : {(void *)queries, (void *)encoded, (void *)tiles, (void *)softmaxes}) free(memory);
@@ -57,9 +58,8 @@ void Step::run(const Batch &b) {
     plan_tiles();
     to_score = {hidden, hidden_stride, b.num_samples, b.sample_rows, b.logits};
     team.run(
-        [](void *self, int index) {
+        [](void *self, Member &me) {
             Step &step = *static_cast<Step *>(self);
-            Member me(step.team, index);
             const int64_t num_layers = step.model.num_layers;
             me.share_rows(step.batch.num_tokens, [&](int64_t row) { step.embed(row); });
             for (int64_t i = 0; i < num_layers; i++) step.layer(me, step.model.layers[i]);
@@ -82,9 +82,8 @@ void Step::run(const Batch &b) {
 void Step::run_head(const float *states, int64_t stride, const int64_t *picked, int64_t count, float *logits) {
     to_score = {states, stride, count, picked, logits};
     team.run(
-        [](void *self, int index) {
+        [](void *self, Member &me) {
             Step &step = *static_cast<Step *>(self);
-            Member me(step.team, index);
             step.head(me);
         },
         this);
@@ -117,7 +116,7 @@ void Step::layer(Member &me, const Layer &l) {
     me.share_rows(n, [&](int64_t row) { encode(l.qkv, enter(row, before, l.attention_norm), row); });
     multiply(me, l.qkv, {wide, wide_stride, 0.0f, STORE, l.activation}, n);
     me.share_rows(n, [&](int64_t row) { place(l, row); });
-    if (batch.queries && me.index == 0) keep_queries(&l - model.layers);
+    if (batch.queries) me.share(1, [&](int64_t, int64_t) { keep_queries(&l - model.layers); });
     attend(me, l.attention);
     me.share_rows(n, [&](int64_t row) { encode(l.output, attended + row * l.output.in, row); });
     add_product(me, l.output, l.attention_post_norm);

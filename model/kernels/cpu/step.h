@@ -4,7 +4,7 @@
 #include "routing.h"
 #include "team.h"
 
-constexpr int64_t PHASES_A_LAYER = 14, OTHER_PHASES = 5;
+constexpr int64_t PHASES_A_LAYER = 15, OTHER_PHASES = 5;
 constexpr int64_t UNITS_A_THREAD = 4;  // with fewer, the context of each is split over the threads
 
 inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }

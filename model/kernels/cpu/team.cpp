@@ -45,25 +45,30 @@ void Signal::advance() {
 }
 
 Team::Team(int size, int64_t max_phases)
-    : size(size), max_phases_(max_phases), counters_(new Counter[max_phases]), starts_(new Start[size]),
+    : size(size), max_phases_(max_phases), phases_(new Phase[max_phases]), starts_(new Start[size]),
       threads_(new pthread_t[size]) {}
 
 Team::~Team() {
-    if (process_ == getpid()) {
-        ending_.store(true);
-        generation_.advance();
-        for (int i = 1; i < size; i++) pthread_join(threads_[i], nullptr);
-    }
-    delete[] counters_;
+    dismiss();
+    delete[] phases_;
     delete[] starts_;
     delete[] threads_;
 }
 
+void Team::dismiss() {
+    if (process_ != getpid()) return;
+    ending_.store(true);
+    run_.advance();
+    progress_.advance();
+    for (int i = 1; i < size; i++) pthread_join(threads_[i], nullptr);
+    process_ = 0;
+}
+
 void Team::hire() {
     process_ = getpid();
-    arrived_.store(0);
-    generation_.forget_sleepers();
-    meetings_.forget_sleepers();
+    first_run_ = run_.now();
+    run_.forget_sleepers();
+    progress_.forget_sleepers();
     for (int i = 1; i < size; i++) {
         starts_[i] = {this, i};
         if (pthread_create(&threads_[i], nullptr, live, &starts_[i])) size = i;
@@ -72,37 +77,56 @@ void Team::hire() {
 
 void *Team::live(void *start) {
     Team &team = *static_cast<Start *>(start)->team;
-    const int member = static_cast<Start *>(start)->member;
-    // `run` cannot end without this thread, so it has missed no generation: the first is the one under way.
-    for (uint32_t seen = team.first_generation_;;) {
-        team.generation_.wait_while(seen);
-        seen++;
+    for (uint32_t seen = team.first_run_;;) {
+        team.run_.wait_while(seen);
+        seen = team.run_.now();
         if (team.ending_.load()) return nullptr;
-        team.work_(team.argument_, member);
-        team.meet();
+        Member me(team, static_cast<Start *>(start)->member, seen);
+        team.work_.load()(team.argument_.load(), me);
     }
 }
 
-void Team::run(void (*work)(void *, int), void *argument) {
-    if (size > 1 && process_ != getpid()) {
-        first_generation_ = generation_.now();
-        hire();
+void Team::run(void (*work)(void *, Member &), void *argument) {
+    if (size > 1 && process_ != getpid()) hire();
+    const uint32_t run = run_.now() + 1;
+    // Who is still on its way through the run before finds these phases to be none of its own.
+    for (int64_t i = 0; i < max_phases_; i++) {
+        phases_[i].done.store(0);
+        phases_[i].next.store(static_cast<uint64_t>(run) << 32);
     }
-    for (int64_t i = 0; i < max_phases_; i++) counters_[i].next.store(0, std::memory_order_relaxed);
-    work_ = work;
-    argument_ = argument;
-    generation_.advance();
-    work(argument, 0);
-    meet();
+    work_.store(work);
+    argument_.store(argument);
+    progress_.advance();
+    run_.advance();
+    Member me(*this, 0, run);
+    work(argument, me);
 }
 
-void Team::meet() {
-    if (size == 1) return;
-    const uint32_t meeting = meetings_.now();
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(size)) {
-        arrived_.store(0, std::memory_order_relaxed);
-        meetings_.advance();
-    } else {
-        meetings_.wait_while(meeting);
+int64_t Team::take(Phase &phase, uint32_t run, int64_t count) {
+    uint64_t next = phase.next.load(std::memory_order_acquire);
+    for (;;) {
+        const uint32_t piece = static_cast<uint32_t>(next);
+        if (next >> 32 != run || piece == CLOSED || piece >= count) return NOTHING;
+        if (phase.next.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel)) return piece;
+    }
+}
+
+void Team::finish(Phase &phase, uint32_t run, int64_t count) {
+    if (phase.done.fetch_add(1, std::memory_order_acq_rel) + 1 != count) return;
+    phase.next.store(static_cast<uint64_t>(run) << 32 | CLOSED, std::memory_order_release);
+    progress_.advance();
+}
+
+void Team::close_empty(Phase &phase, uint32_t run) {
+    uint64_t untouched = static_cast<uint64_t>(run) << 32;
+    phase.next.compare_exchange_strong(untouched, untouched | CLOSED);
+}
+
+void Team::wait_for(Phase &phase, uint32_t run) {
+    for (;;) {
+        const uint32_t before = progress_.now();
+        const uint64_t next = phase.next.load(std::memory_order_acquire);
+        if (next >> 32 != run || static_cast<uint32_t>(next) == CLOSED) return;
+        progress_.wait_while(before);
     }
 }

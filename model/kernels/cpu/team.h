@@ -1,8 +1,8 @@
-// A few threads that take a step together: they share out the work of each phase and meet at its end.
+// A few threads that take a step together: they share out the pieces of each phase, and the next phase begins when all
+// pieces are done.
 //
-// Whoever is free takes the next piece, so a thread that lost its core to another process holds up one piece, not half
-// of the phase. Who waits spins for some microseconds, then sleeps in the kernel: pure spinning collapses as soon as
-// somebody else wants the core, and sleeping at once costs more than most phases take.
+// Not when all threads have arrived: one that has lost its core to another process holds up the piece it was at, and
+// the others do the rest of its work until it is back. Who waits spins for some microseconds, then sleeps in the kernel.
 #pragma once
 #include <pthread.h>
 #include <stdint.h>
@@ -30,55 +30,66 @@ class Team {
     Team(const Team &) = delete;
     Team &operator=(const Team &) = delete;
 
-    // Call work(argument, member) on every member, the caller being member 0. Returns when all have returned.
-    void run(void (*work)(void *, int), void *argument);
+    // Call work(argument, member) on every member, the caller being the first. Returns when all its phases are done,
+    // though a member without a core may not have noticed yet: it finds nothing left to do.
+    void run(void (*work)(void *, class Member &), void *argument);
+    void dismiss();  // end the threads
 
     int size;  // fewer than asked for where the system gives no more threads
 
   private:
     friend class Member;
-    struct alignas(64) Counter {
-        std::atomic<int64_t> next{0};
+    // next: the run's number in the upper half, and the next piece in the lower; CLOSED once all pieces are done.
+    struct alignas(64) Phase {
+        std::atomic<uint64_t> next{0};
+        std::atomic<int64_t> done{0};
     };
     struct Start {
         Team *team;
         int member;
     };
+    static constexpr uint32_t CLOSED = UINT32_MAX;
+    static constexpr int64_t NOTHING = -1;
 
     static void *live(void *start);
     void hire();
-    void meet();
+    int64_t take(Phase &phase, uint32_t run, int64_t count);
+    void finish(Phase &phase, uint32_t run, int64_t count);
+    void close_empty(Phase &phase, uint32_t run);
+    void wait_for(Phase &phase, uint32_t run);
 
     const int64_t max_phases_;
-    Counter *counters_;
+    Phase *phases_;
     Start *starts_;
     pthread_t *threads_;
-    uint32_t first_generation_ = 0;
     pid_t process_ = 0;  // of the threads: a fork leaves them behind
-    void (*work_)(void *, int) = nullptr;
-    void *argument_ = nullptr;
-    Signal generation_, meetings_;
-    alignas(64) std::atomic<uint32_t> arrived_{0};
+    uint32_t first_run_ = 0;
+    std::atomic<void (*)(void *, class Member &)> work_{nullptr};
+    std::atomic<void *> argument_{nullptr};
+    Signal run_, progress_;
     std::atomic<bool> ending_{false};
 };
 
 // One member's view of a run. All members share out the same phases in the same order.
 class Member {
   public:
-    Member(Team &team, int index) : index(index), team_(team) {}
+    Member(Team &team, int index, uint32_t run) : index(index), team_(team), run_(run) {}
 
     // Call work(i, after) for every i in [0, count), each on one member; `after` is what the same member takes next
-    // (at least `count` if nothing). Returns when all are done.
+    // (`count` if nothing). Returns when all are done, whoever did them: a member that has lost its core holds up no
+    // more than the pieces it has taken.
     template <class Work>
     void share(int64_t count, Work work) {
-        std::atomic<int64_t> &next = team_.counters_[phase_++].next;
-        int64_t i = next.fetch_add(1, std::memory_order_relaxed);
-        while (i < count) {
-            const int64_t after = next.fetch_add(1, std::memory_order_relaxed);
-            work(i, after);
+        Team::Phase &phase = team_.phases_[phase_++];
+        if (count == 0) return team_.close_empty(phase, run_);
+        int64_t i = team_.take(phase, run_, count);
+        while (i != Team::NOTHING) {
+            const int64_t after = team_.take(phase, run_, count);
+            work(i, after == Team::NOTHING ? count : after);
+            team_.finish(phase, run_, count);
             i = after;
         }
-        team_.meet();
+        team_.wait_for(phase, run_);
     }
 
     // The same for many small pieces: several are taken at a time.
@@ -94,5 +105,6 @@ class Member {
 
   private:
     Team &team_;
+    const uint32_t run_;
     int64_t phase_ = 0;
 };
