@@ -138,7 +138,7 @@ def test_one_thread_and_three_give_the_same_bits(name, dtype):
 
 
 def test_hundreds_of_steps_on_more_threads_than_cores_give_the_same_bits():
-    """Threads that lose their core come back late, into a phase or a step that is over: they must find nothing to do."""
+    """Threads that lose their core come back into a phase or a step that is over: they must find nothing to do."""
     shape = SHAPES["experts, one layer dense"]
     few, many = Scene(shape, "int8", num_threads=1), Scene(shape, "int8", num_threads=7)
     for scene in (few, many):
