@@ -86,9 +86,13 @@ def load_checkpoint(
 
 def save_checkpoint(decoder: Decoder, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write `config.json` and `model.safetensors`: a Llama directory that `transformers` loads unchanged, or, for what
-    Llama does not have, one of our own family.
+    Llama does not have, one of our own family. Raises `CheckpointError` for a decoder that was changed for serving.
     """
     config = decoder.config
+    with torch.device("meta"):
+        whole = dict(Decoder(config).named_parameters())
+    if lost := sorted(whole.keys() - dict(decoder.named_parameters()).keys()):
+        raise CheckpointError(f"{directory}: not written: folded or quantized, the decoder has no {lost[0]!r} any more")
     family = LLAMA if _is_llama(config) else ATTENDANT
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}

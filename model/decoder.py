@@ -5,6 +5,7 @@ trains on whole sequences, prefills a chunk and decodes a batch: only the `Atten
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,18 @@ from torch import Tensor, nn
 
 from model.attention.scores import Attend, Scores
 from model.config import ModelConfig
-from model.layers import MLP, Int8Linear, Linear, MixtureOfExperts, RMSNorm, TiledLinear, norm, replace_linears
+from model.layers import (
+    MLP,
+    Int8Linear,
+    Linear,
+    MixtureOfExperts,
+    RMSNorm,
+    TiledLinear,
+    in_row_tiles,
+    in_whole_vectors,
+    norm,
+    replace_linears,
+)
 from model.rotary import Rotary, rotate
 
 # Each rotary table's cosines and sines for the step's tokens; None stands for no rotary positions at all.
@@ -162,8 +174,11 @@ class Decoder(nn.Module):
         replace_linears(self, Int8Linear)
 
     def fix_row_tiles(self) -> None:
-        """Make every product's result independent of how many rows it is computed with. int8 maps are so already."""
+        """Make a row's result independent of how many rows it is computed with, in products and activations."""
         replace_linears(self, TiledLinear)
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.activation = partial(in_row_tiles, partial(in_whole_vectors, module.activation))
 
 
 def _qk_norm(config: ModelConfig, projection_size: int) -> RMSNorm | None:

@@ -22,14 +22,32 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class TiledLinear(nn.Module):
-    """A `Linear` that multiplies `ROWS` rows at a time, zeros where there are fewer.
+TILE_ROWS = 16
+VECTOR_PAIR = 32  # numbers that torch's elementwise functions take at a time, at most
+
+
+def in_row_tiles(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a function of rows to `TILE_ROWS` of them at a time, zeros where there are fewer. x: [rows, features].
 
     The order in which a product's terms are added depends on the shape of the matrices: with one shape for all, a row's
     result does not depend on how many rows there are.
     """
+    padded = F.pad(x, (0, 0, 0, -len(x) % TILE_ROWS))
+    return torch.cat([function(tile) for tile in padded.split(TILE_ROWS)])[: len(x)]
 
-    ROWS = 16
+
+def in_whole_vectors(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply an elementwise function to rows padded to whole vectors. x: [rows, features].
+
+    torch computes what is left behind the last pair of vectors in another way, with other last bits; behind rows of odd
+    length it would depend on the number of rows what that is.
+    """
+    width = x.shape[-1]
+    return function(F.pad(x, (0, -width % VECTOR_PAIR)))[:, :width]
+
+
+class TiledLinear(nn.Module):
+    """A `Linear` that multiplies its rows in tiles of one shape."""
 
     def __init__(self, linear: Linear) -> None:
         super().__init__()
@@ -37,8 +55,7 @@ class TiledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [rows, in_features] -> [rows, out_features]."""
-        padded = F.pad(x, (0, 0, 0, -len(x) % self.ROWS))
-        return torch.cat([F.linear(tile, self.weight, self.bias) for tile in padded.split(self.ROWS)])[: len(x)]
+        return in_row_tiles(lambda tile: F.linear(tile, self.weight, self.bias), x)
 
 
 class Int8Linear(nn.Module):

@@ -9,7 +9,7 @@ from model.attention.dense import DenseCausalAttention
 from model.attention.scores import Scores, additive
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.decoder import Decoder
-from model.errors import ConfigError
+from model.errors import CheckpointError, ConfigError
 from tests.attention.oracle import config, randomize
 from tests.attention.test_dense import KINDS
 
@@ -115,3 +115,11 @@ def test_int8_with_biases_keeps_the_logits_close(attention):
 def test_what_cannot_be_computed_is_refused(options, words):
     with pytest.raises(ConfigError, match=words):
         config(**options)
+
+
+def test_a_decoder_that_was_folded_for_serving_is_not_saved(tmp_path):
+    decoder = Decoder(config(attention="multiplicative"))
+    decoder.init_weights(torch.Generator().manual_seed(0))
+    decoder.fold_scores()
+    with pytest.raises(CheckpointError, match=r"no 'layers\.0\.scores\.query_projection' any more"):
+        save_checkpoint(decoder, tmp_path / "folded")

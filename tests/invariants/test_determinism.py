@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from model.config import EngineConfig
+from model.config import EngineConfig, ModelConfig
+from model.decoder import Decoder
 from model.engine.engine import Engine
 from model.engine.request import Request
 from model.sampling.params import SamplingParams
@@ -115,3 +116,21 @@ def test_deterministic_attention_agrees_with_the_oracle(tiny_llama):
     ids = torch.randint(3, 320, (90,), generator=torch.Generator().manual_seed(0)).tolist()
     expected = run(plain, [Request("a", ids, params)])
     assert run(new_engine(tiny_llama[0]), [Request("a", ids, params)]) == expected
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_an_mlp_gives_a_row_the_same_bits_in_any_company(activation, gated):
+    config = ModelConfig(
+        vocab_size=8, hidden_size=20, intermediate_size=77, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=20,
+        max_position_embeddings=8, activation=activation, gated_mlp=gated,
+    )  # fmt: skip
+    decoder = Decoder(config)
+    decoder.init_weights(torch.Generator().manual_seed(0), std=1.0)
+    decoder.fix_row_tiles()
+    x = torch.randn(21, 20, generator=torch.Generator().manual_seed(1))
+    mlp = decoder.layers[0].mlp
+    with torch.no_grad():
+        together = mlp(x)
+        for row in range(21):
+            assert torch.equal(mlp(x[row : row + 1])[0], together[row])
