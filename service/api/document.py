@@ -20,6 +20,12 @@ from service.api.schemas.strict import Body
 from service.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
 
 REF = "#/components/schemas/{model}"
+# One server-sent event: `data` is a chunk in JSON, or [DONE].
+EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+    "required": ["data"],
+}
 PAGE = Path(__file__).with_name("docs.html")
 
 
@@ -80,7 +86,7 @@ def _responses(operation: Operation, schemas: dict[str, Any]) -> dict[str, Any]:
     if operation.answer is not None:
         content = {"application/json": _reference(operation.answer, schemas)}
     if operation.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": EVENT}
     error = {"schema": {"$ref": REF.format(model="Error")}}
     return {
         "200": {"description": "Done.", "content": content},

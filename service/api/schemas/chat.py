@@ -209,7 +209,7 @@ class ChatRequest(ChoiceFields):
         if len(set(names)) < len(names):
             raise InvalidRequest("two tools have the same name", param="tools")
         if self.tool_choice == "required" and not names:
-            raise InvalidRequest("tool_choice is required, and there are no tools", param="tool_choice")
+            raise InvalidRequest("tool_choice asks for a call, and there are no tools", param="tool_choice")
         unknown = [name for name in self.callable_names if name not in names]
         if unknown:
             raise InvalidRequest(f"tool_choice names {unknown[0]}, which is none of the tools", param="tool_choice")
