@@ -90,8 +90,8 @@ class NativeForward:
         max_tokens, num_threads = config.max_num_batched_tokens, config.num_threads
         self._step = NativeStep(decoder, pool, max_tokens=max_tokens, num_threads=num_threads)
         self.logits = self._step.logits
-        # What torch has left to do is the sampling. Its own threads would spin for milliseconds after each piece of
-        # it, on the cores that the next step needs.
+        # What torch has left to do is the sampling. Its own threads would go on spinning after each piece of it, on the
+        # cores that the next step needs.
         torch.set_num_threads(1)
 
     @staticmethod
