@@ -61,21 +61,12 @@ def _attend_tile_of_rows(
         total = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS, WIDE_DIM], tl.float32)
     newest = tl.minimum(length, length - stop + start + first + ROWS // GROUP)
-    oldest = 0
-    if HAS_WINDOW:
+    oldest, num_sink_tiles = 0, 0
+    if HAS_WINDOW:  # whole tiles: those of the sinks, then those from the window of the first row on
         oldest = tl.maximum(0, length - stop + start + first - window + 1) // TILE * TILE
-        for begin in range(0, tl.minimum(num_sinks, oldest), TILE):
-            key = begin + offset
-            k, v = load_tile(
-                k_ptr, v_ptr, tables_ptr + seq * table_stride, key, length, slot_stride, kv_head * head_stride, dim,
-                DIM, BLOCK_SIZE,
-            )  # fmt: skip
-            seen = is_seen(position[:, None], key[None, :], oldest, window, num_sinks, HAS_WINDOW) & is_row[:, None]
-            largest, total, weighted = attend_tile(
-                q, tl.trans(k), v, seen, largest, total, weighted, scale, soft_cap, HAS_CAP
-            )
-    for begin in range(oldest, newest, TILE):
-        key = begin + offset
+        num_sink_tiles = tl.cdiv(tl.minimum(num_sinks, oldest), TILE)
+    for i in range(num_sink_tiles + tl.cdiv(newest - oldest, TILE)):
+        key = tl.where(i < num_sink_tiles, i * TILE, oldest + (i - num_sink_tiles) * TILE) + offset
         k, v = load_tile(
             k_ptr, v_ptr, tables_ptr + seq * table_stride, key, length, slot_stride, kv_head * head_stride, dim,
             DIM, BLOCK_SIZE,
