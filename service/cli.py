@@ -57,6 +57,9 @@ def serve(
     max_backlog_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that running and waiting requests may need together.")
     ] = None,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0.1, help="How long a replica that is to go may work on; the longest generation.")
+    ] = 300.0,
     speculative_tokens: Annotated[int, typer.Option(min=0, help="Tokens to guess ahead from repeated text.")] = 0,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same tokens to the last bit in any batch. It costs speed.")
@@ -100,6 +103,7 @@ def serve(
         kv_cache_tokens=kv_cache_tokens,
         max_waiting=max_waiting,
         max_backlog_tokens=max_backlog_tokens,
+        drain_seconds=drain_seconds,
         speculative_tokens=speculative_tokens,
         deterministic=deterministic,
         api_keys_file=str(api_keys_file.resolve()) if api_keys_file else None,

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 from model.attention.weights import TokenAttention
@@ -18,6 +18,7 @@ from service.api.schemas.sampling import GenerationFields
 from service.call import Call
 from service.channel import Work
 from service.dispatch import Dispatcher
+from service.drain import Drain
 from service.limits import Limits
 from service.metrics import IngressMetrics
 from service.receipt import write_receipt
@@ -38,6 +39,7 @@ class Service:
     dispatcher: Dispatcher
     metrics: IngressMetrics
     limits: Limits
+    drain: Drain = field(default_factory=Drain)
 
 
 Entry = tuple[int, TokenLogprobs | None]  # a token, and what is known of it: nothing of a prompt's first one

@@ -4,6 +4,7 @@ HAProxy halves the time to the first token and the cost of a token (docs/benchma
 Serve reads its switches from the environment when it is imported, in every process of the cluster.
 """
 
+import math
 import shlex
 import socket
 from pathlib import Path
@@ -15,7 +16,7 @@ HEADER_TIMEOUT_S = 10
 CLIENT_TIMEOUT_S = 60
 
 
-def environment(data_plane: DataPlane, scratch: Path) -> dict[str, str]:
+def environment(data_plane: DataPlane, scratch: Path, drain_seconds: float) -> dict[str, str]:
     """The switches, with ports and files of this service's own, so that two on one machine do not meet."""
     switches = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port())}
     if data_plane == "haproxy":
@@ -31,6 +32,8 @@ def environment(data_plane: DataPlane, scratch: Path) -> dict[str, str]:
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
+            # When replicas come or go, HAProxy's old process goes on until its streams have ended, or for this long.
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(drain_seconds)),
             # No other load balancer has to notice before we go.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         }

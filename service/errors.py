@@ -4,6 +4,8 @@ from typing import ClassVar
 
 from model.errors import AttendantError
 
+RETRY_AFTER_S = 5
+
 
 class ServiceError(AttendantError):
     """Base: an answer other than success. The class gives the status, the instance the words."""
@@ -105,6 +107,11 @@ class Unavailable(ServiceError):  # noqa: N818 - named for the state of the serv
 
     status = 503
     type = "server_error"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """When to come back: about as long as a replica takes to start."""
+        return {"retry-after": str(RETRY_AFTER_S)}
 
 
 class StartError(AttendantError):

@@ -32,6 +32,10 @@ class Ingress:
             limits=door.limits,
         )
 
+    async def drain(self) -> None:
+        """Take no more requests; return when those that are open have been answered."""
+        await self._service.drain.close()
+
     def __del__(self) -> None:
         """Serve calls this when every request has been answered, before it stops the process."""
         self._service.dispatcher.close()

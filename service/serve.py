@@ -1,11 +1,14 @@
 """Starts Ray and the application on this machine, waits, and stops both.
 
-Whatever is wrong with the port or the model is found before anything is deployed, and ends in one line.
+Whatever is wrong with the port or the model is found before anything is deployed, and ends in one line. SIGUSR1 loads
+the model anew, replica by replica; SIGTERM and SIGINT let open requests end.
 """
 
+import asyncio
 import logging
 import os
 import re
+import select
 import signal
 import socket
 import tempfile
@@ -53,16 +56,20 @@ def run(args: "AppArgs", address: Address, data_plane: DataPlane, *, allow_anony
     preflight = Preflight(Path(args.model), args.engine_options)  # beside Ray's start, which takes longer
     _heed_signals()
     # Stop ends it all: while it starts at once, while it serves in order, and a second one at once again.
-    with suppress(Stop), tempfile.TemporaryDirectory(prefix="attendant-") as scratch, _ray(data_plane, Path(scratch)):
+    with (
+        suppress(Stop),
+        tempfile.TemporaryDirectory(prefix="attendant-") as scratch,
+        _ray(data_plane, Path(scratch), args.drain_seconds),
+    ):
         preflight.finish()
-        _deploy(args, address)
+        _start(address)
+        _deploy(args)
         print(_welcome(args, address), flush=True)
         try:
-            while True:
-                signal.pause()
+            _wait(args)
         except Stop:
             print("stopping: open requests are finished first; press Ctrl-C again to cut them short", flush=True)
-            _shut_down()
+            _shut_down(args.drain_seconds)
 
 
 def check_port(address: Address) -> None:
@@ -99,13 +106,13 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def _ray(data_plane: DataPlane, scratch: Path) -> Iterator[None]:
+def _ray(data_plane: DataPlane, scratch: Path, drain_seconds: float) -> Iterator[None]:
     """A Ray of our own, for as long as the block runs.
 
     Its processes talk to one another on ports that listen on every interface, which cannot be changed; Ray asks for
     a token there by default. The service's own address is the one that was asked for.
     """
-    os.environ.update(environment(data_plane, scratch))
+    os.environ.update(environment(data_plane, scratch, drain_seconds))
     logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
 
@@ -126,17 +133,40 @@ def _ray(data_plane: DataPlane, scratch: Path) -> Iterator[None]:
         ray.shutdown()
 
 
-def _deploy(args: "AppArgs", address: Address) -> None:
+def _start(address: Address) -> None:
     from ray import serve
-
-    from service.app import build
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         serve.start(http_options={"host": address.host, "port": address.port}, logging_config={"log_level": "WARNING"})
+    except Exception as error:
+        raise StartError(f"the service did not start: {_cause(str(error))}") from None
+
+
+def _deploy(args: "AppArgs") -> None:
+    """Have replicas of the model as it is now; those that are there go when the new ones have come."""
+    from ray import serve
+
+    from service.app import build
+
+    try:
         serve.run(build(args), name=APP_NAME, logging_config={"log_level": "WARNING"})
     except Exception as error:
         raise StartError(f"the service did not start: {_cause(_deployment_messages() or str(error))}") from None
+
+
+def _wait(args: "AppArgs") -> None:
+    """Until a `Stop`. On SIGUSR1 the model is loaded anew; while it cannot be, what is there goes on."""
+    wake, waker = os.pipe()
+    signal.signal(signal.SIGUSR1, lambda number, frame: os.write(waker, b"1"))
+    while os.read(wake, select.PIPE_BUF):  # several in the meantime are one
+        try:
+            Preflight(Path(args.model), args.engine_options).finish()
+            _deploy(args)
+        except StartError as error:
+            print(f"not loaded anew, and what was there goes on: {error}", flush=True)
+        else:
+            print("loaded anew", flush=True)
 
 
 def _deployment_messages() -> str:
@@ -147,15 +177,32 @@ def _deployment_messages() -> str:
     return "\n".join(deployment.message for deployment in application.deployments.values()) if application else ""
 
 
-def _shut_down() -> None:
+def _shut_down(drain_seconds: float) -> None:
     import ray
     from ray import serve
 
     # Ray prints what it makes of its own actors' orderly end, from a thread of its own.
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        serve.delete(APP_NAME)  # waits for open requests, which `shutdown` by itself cuts off at the proxy
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        with suppress(TimeoutError):  # what is not done by then is cut off, with all that Serve would wait for
+            asyncio.run(_drain(drain_seconds))
+            serve.delete(APP_NAME)  # waits for open requests, which `shutdown` by itself cuts off at the proxy
+            serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
+
+
+async def _drain(seconds: float) -> None:
+    """Have every ingress refuse what is new and finish what is open. Raises `TimeoutError`.
+
+    Serve alone would take the routes away at once, and answer 404 while streams still run.
+    """
+    from ray import serve
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    drained = serve.get_app_handle(APP_NAME).broadcast("drain")
+    try:
+        await drained.results_async(timeout_s=seconds, return_exceptions=True)
+    except DeploymentUnavailableError:  # no ingress lives: nothing is open
+        return
 
 
 def _heed_signals() -> None:

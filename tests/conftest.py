@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 # The models here are so small that a second thread waits longer than it works, above all beside other processes.
 torch.set_num_threads(1)
 
+pytest_plugins = ["tests.service.served"]
+
 STORYTELLER = Path(__file__).parent.parent / "model" / "checkpoints" / "storyteller"
 
 

@@ -37,8 +37,9 @@ async def health() -> Response:
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """An engine answers, so a request would be served."""
+    """An engine answers and the doors are open, so a request would be served."""
     service: Service = request.app.state.service
+    service.drain.check()
     await service.dispatcher.probe(READY_TIMEOUT_S)
     return JSONResponse({"status": "ready"})
 

@@ -28,7 +28,7 @@ def create_api(service: Service, door: Door) -> FastAPI:
         api.include_router(part.router)
     errors.install(api)
     # The last one added is the outermost. A browser asks its question of CORS without a key.
-    api.add_middleware(Gate, door=door, keys=keys)
+    api.add_middleware(Gate, door=door, keys=keys, drain=service.drain)
     if door.cors_origins:
         api.add_middleware(
             CORSMiddleware,

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from service import keys
 from service.api.routes import create_api
 from service.door import Door
 from service.limits import Limits
-from tests.service.conftest import Running, start, stop, tiny_model  # noqa: F401 - a fixture among them
+from tests.service.conftest import Running, start, stop
 from tests.service.fakes import FakeFleet
 from tests.service.test_gate import service_with
 
@@ -118,11 +119,50 @@ class Guarded:
         return Path(found[0]) / "logs"
 
 
+# A service that is soon full: what one test needs many requests for, a few do here.
+MAX_RUNNING, MAX_WAITING = 8, 40
+MAX_UNREAD = 128  # tokens
+
+
+@pytest.fixture(scope="session")
+def small(served_model: Path) -> Iterator[Running]:
+    running = start(
+        served_model,
+        *("--max-num-seqs", str(MAX_RUNNING), "--max-waiting", str(MAX_WAITING), "--kv-cache-tokens", "16384"),
+        *("--limit", f"max_unread_tokens={MAX_UNREAD}"),
+    )
+    yield running
+    assert stop(running) == 0
+
+
+def ours(running: Running) -> list[psutil.Process]:
+    """The processes that a request passes through."""
+    names = ("haproxy", ":Ingress", ":Engine")
+    found = [child for child in running.children() if any(name in " ".join(child.cmdline()) for name in names)]
+    assert len(found) >= 3
+    return found
+
+
+def resident(running: Running) -> int:
+    """Bytes that they hold."""
+    return sum(process.memory_info().rss for process in ours(running))
+
+
+async def settled(running: Running, seconds: float) -> float:
+    """Wait until no request is left and every block is free; how long it took. Fails after `seconds`."""
+    began = time.perf_counter()
+    names = [f"attendant_{name}" for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")]
+    while any((metrics := await asyncio.to_thread(running.metrics))[name] for name in names):
+        left = {name: metrics[name] for name in names}
+        assert time.perf_counter() - began < seconds, f"after {seconds} s there is still {left}"
+    return time.perf_counter() - began
+
+
 BODY_SECONDS = 2
 
 
 @pytest.fixture(scope="session")
-def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:  # noqa: F811
+def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     file = tmp_path_factory.mktemp("keys") / "keys.json"
     pair = (keys.add(file, "one"), keys.add(file, "two"))
     options = ["--api-keys-file", str(file), "--limit", f"max_body_seconds={BODY_SECONDS}", "--kv-cache-tokens", "8192"]
@@ -132,5 +172,5 @@ def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture
-def in_process(tiny_model: Path) -> Callable[..., InProcess]:  # noqa: F811
+def in_process(tiny_model: Path) -> Callable[..., InProcess]:
     return lambda **limits: InProcess(tiny_model, Limits(**limits))

@@ -1,12 +1,11 @@
-"""One real service for the whole session: `attendant serve` as a user starts it, with two replicas."""
+"""What it takes to start a service, and to run one in this process; `served.py` has what a session shares."""
 
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ from types import SimpleNamespace
 import httpx
 import psutil
 import pytest
-from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as FastTokenizer
@@ -29,7 +27,7 @@ from service.door import Door
 from service.limits import Limits
 from service.metrics import IngressMetrics
 from service.replica import EngineReplica, Queue
-from tests.conftest import STORYTELLER, write_llama
+from tests.conftest import write_llama
 from tests.service.fakes import LocalFleet
 
 CORPUS = ["Once upon a time there was a fox and a lantern in the deep forest. She told him a story of the moon."] * 20
@@ -73,20 +71,6 @@ def write_model(directory: Path) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def served_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model, with a chat template that tells it of tools; what it makes of them is the grammar's work."""
-    directory = tmp_path_factory.mktemp("models") / STORYTELLER.name
-    shutil.copytree(STORYTELLER, directory)
-    (directory / "chat_template.jinja").write_text(TEMPLATE_WITH_TOOLS)
-    return directory
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -127,14 +111,17 @@ class Running:
 
 
 def start(model: Path, *options: str) -> Running:
-    """Start `attendant serve` and wait for its one line."""
+    """Start `attendant serve` and wait until it says that it is ready."""
     port = free_port()
     command = [sys.executable, "-m", "service", "serve", "--model", str(model), "--port", str(port), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    banner = process.stdout.readline()
-    assert "ready" in banner, banner + process.stdout.read()
-    return Running(process, f"http://127.0.0.1:{port}", model.name, banner)
+    said = []
+    for line in process.stdout:  # on a machine without a network, Ray complains of that before
+        said.append(line)
+        if "ready" in line:
+            return Running(process, f"http://127.0.0.1:{port}", model.name, line)
+    raise AssertionError("".join(said))
 
 
 def stop(running: Running, number: int = signal.SIGTERM) -> int:
@@ -152,19 +139,6 @@ def wait_until_gone(running: Running, children: list[psutil.Process]) -> int:
         orphan.kill()
     assert not alive, f"left behind: {alive}"
     return code
-
-
-@pytest.fixture(scope="session")
-def service(served_model: Path) -> Iterator[Running]:
-    running = start(served_model, "--replicas", "2", "--kv-cache-tokens", "16384")
-    yield running
-    assert stop(running) == 0
-
-
-@pytest.fixture(scope="session")
-def client(service: Running) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-        yield client
 
 
 ENGINE_OPTIONS = {"dtype": "fp32", "device": "cpu", "kv_cache_tokens": 8192, "num_threads": 1}
