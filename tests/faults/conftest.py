@@ -122,6 +122,7 @@ class Guarded:
 # A service that is soon full: what one test needs many requests for, a few do here.
 MAX_RUNNING, MAX_WAITING = 8, 40
 MAX_UNREAD = 128  # tokens
+BUSY = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +130,7 @@ def small(served_model: Path) -> Iterator[Running]:
     running = start(
         served_model,
         *("--max-num-seqs", str(MAX_RUNNING), "--max-waiting", str(MAX_WAITING), "--kv-cache-tokens", "16384"),
-        *("--limit", f"max_unread_tokens={MAX_UNREAD}"),
+        *("--max-backlog-tokens", "100000", "--limit", f"max_unread_tokens={MAX_UNREAD}"),
     )
     yield running
     assert stop(running) == 0
@@ -151,11 +152,12 @@ def resident(running: Running) -> int:
 async def settled(running: Running, seconds: float) -> float:
     """Wait until no request is left and every block is free; how long it took. Fails after `seconds`."""
     began = time.perf_counter()
-    names = [f"attendant_{name}" for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")]
-    while any((metrics := await asyncio.to_thread(running.metrics))[name] for name in names):
-        left = {name: metrics[name] for name in names}
+    while True:
+        metrics = await asyncio.to_thread(running.metrics)
+        left = {name: metrics[f"attendant_{name}"] for name in BUSY if metrics[f"attendant_{name}"]}
+        if not left:
+            return time.perf_counter() - began
         assert time.perf_counter() - began < seconds, f"after {seconds} s there is still {left}"
-    return time.perf_counter() - began
 
 
 BODY_SECONDS = 2
