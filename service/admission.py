@@ -97,8 +97,16 @@ def backlog(unfinished: Collection["Request"]) -> int:
 
 def remaining_tokens(request: "Request") -> int:
     """What is left of one request: of its prompt, which a sibling takes from its leader, and of its output."""
-    of_prompt = 0 if request.leader else max(0, request.num_prompt_tokens - request.num_computed_tokens)
-    return of_prompt + max(0, request.params.max_tokens - request.num_output_tokens)
+    return _of_prompt(request) + max(0, request.params.max_tokens - request.num_output_tokens)
+
+
+def unprefilled(unfinished: Collection["Request"]) -> int:
+    """Prompt tokens that these requests have yet to compute, as far as they are known not to be cached."""
+    return sum(map(_of_prompt, unfinished))
+
+
+def _of_prompt(request: "Request") -> int:
+    return 0 if request.leader else max(0, request.num_prompt_tokens - request.num_computed_tokens)
 
 
 def needed_tokens(submission: Submission) -> int:

@@ -19,6 +19,7 @@ from service.replica import EngineReplica, Queue
 UNBOUNDED = 100_000
 # In an update the new replica starts before the old one stops: one more at a time, of up to four.
 SURGE_PERCENT = 25
+ROUTER = "service.router:PinnedRouter"
 
 
 class AppArgs(Door):
@@ -75,7 +76,7 @@ def build(args: AppArgs) -> serve.Application:
         max_surge_percent=SURGE_PERCENT,
         graceful_shutdown_wait_loop_s=0.5,
         ray_actor_options={"num_cpus": 0},
-        request_router_config={"request_router_class": "service.router:PinnedRouter"},
+        request_router_config={"request_router_class": ROUTER, "request_routing_stats_period_s": 1},
     )(EngineReplica)
     ingress = serve.deployment(
         name="Ingress",

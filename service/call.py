@@ -21,6 +21,7 @@ class Call:
 
     arrived: on `time.perf_counter`'s clock. deadline: on `time.monotonic`'s, if the client set one.
     tenant: whose cached prefixes it may share; empty where everybody's are everybody's.
+    session: what the client calls the requests that belong together; empty where it does not say.
     wants_receipt: whether the answer is to say where its time went. Then: admitted_at, when the engines were asked;
         detokenize_seconds, spent on turning tokens into text.
     log: what its line in the access log says beside the usual; logs_prompts: also what was asked.
@@ -33,6 +34,7 @@ class Call:
         self.key: ApiKey | None = None
         self.quota: Quota | None = None
         self.tenant = ""
+        self.session = ""
         self.wants_receipt = False
         self.admitted_at = 0.0
         self.detokenize_seconds = 0.0
@@ -78,6 +80,11 @@ class Call:
         if self.quota is not None:
             self.quota.refund(self._reserved - num_tokens if self._reserved else 0)
             self._reserved = 0
+
+    @property
+    def session_key(self) -> str:
+        """The session, apart from those of other tenants; empty without one."""
+        return f"{self.tenant}/{self.session}" if self.session else ""
 
     def cache_salt(self, salt: str | None) -> str:
         """What the request's cached prefixes are kept apart by: its tenant, and its own salt. An id holds no slash."""

@@ -36,7 +36,8 @@ Output = tuple[str, list[int], str | None, int, Details | None]
 class Work(NamedTuple):
     """What one engine request is to do, whichever replica does it and however often it moves.
 
-    priority: lower goes first; cache_salt: prefixes are shared only between requests of one salt.
+    priority: lower goes first; cache_salt: prefixes are shared only between requests of one salt; session: requests of
+    one go to one replica, empty for none.
     """
 
     prompt_ids: list[int]
@@ -45,6 +46,7 @@ class Work(NamedTuple):
     priority: int = 0
     cache_salt: str = ""
     attention: AttentionRequest | None = None
+    session: str = ""
 
 
 class Submission(NamedTuple):
@@ -85,10 +87,14 @@ class Refused:
 
 
 class EngineInfo(NamedTuple):
-    """What an ingress must know of the engine to refuse at the door. `capacity`: requests running and waiting."""
+    """What an ingress must know of the engine to refuse at the door, and to guess what its cache still holds.
+
+    capacity: requests running and waiting.
+    """
 
     max_model_len: int
     capacity: int
+    kv_cache_tokens: int
 
 
 class Outbox:

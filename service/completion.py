@@ -183,7 +183,7 @@ class Completion:
             salt, priority = call.cache_salt(fields.cache_salt), fields.priority or 0
             for choice in range(count):
                 params = fields.sampling(limit, sibling_seed(seed, choice))
-                works.append(Work(ids, params, grammar, priority, salt, fields.inspection))
+                works.append(Work(ids, params, grammar, priority, salt, fields.inspection, call.session_key))
         call.admitted_at = time.perf_counter()
         call.reserve(sum(map(len, prompts)) + sum(work.params.max_tokens for work in works))
         try:

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 from ray.serve.handle import DeploymentHandle
 
 from model.errors import AttendantError, InvalidRequest
+from service.affinity import Prefix, PrefixIndex
+from service.balance import RouteHint
 from service.channel import Accepted, EngineInfo, Output, Refused, Work
 from service.errors import Overloaded, ServiceError, Unavailable
 from service.metrics import IngressMetrics
@@ -32,8 +34,6 @@ RECEIPT_TIMEOUT_S = 2.0
 # A client waits this long for an engine to take its request; a stream that lost its replica waits for a restart.
 SUBMIT_TIMEOUT_S = 10.0
 RESUME_TIMEOUT_S = 60.0
-# Added to the load of a replica whose engine is dead, until Serve has replaced it.
-OUT_OF_ORDER = 1_000_000
 
 T = TypeVar("T")
 
@@ -48,7 +48,8 @@ class Dispatcher:
         self._streams: dict[str, Stream] = {}
         self._pumps: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._out_of_order: set[str] = set()
+        self._out_of_order: set[str] = set()  # replicas whose engine is dead, until Serve has replaced them
+        self._prefixes = PrefixIndex()
         self._info: EngineInfo | None = None
         self._expositions: list[str] = []
 
@@ -56,6 +57,7 @@ class Dispatcher:
         """What the engines can do; asked once. Raises `Unavailable` when none answers in time."""
         if self._info is None:
             self._info = await self.probe(SUBMIT_TIMEOUT_S)
+            self._prefixes.capacity_tokens = self._info.kv_cache_tokens
         return self._info
 
     async def probe(self, timeout_s: float) -> EngineInfo:
@@ -136,6 +138,7 @@ class Dispatcher:
     async def _submit_once(self, streams: Sequence[Stream], timeout_s: float) -> Accepted | Refused:
         streams = [stream for stream in streams if stream.wanted]  # clients leave while a replica restarts, too
         submissions = [stream.new_attempt() for stream in streams]
+        leaders = _leaders(streams)
         # Open before they are sent: a first token may overtake the answer to the call.
         self._streams.update((stream.request_id, stream) for stream in streams)
         try:
@@ -143,7 +146,7 @@ class Dispatcher:
                 self._engines.submit,
                 self._channel_id,
                 submissions,
-                open_streams=self._open_streams(),
+                hint=self._hint(leaders),
                 timeout_s=timeout_s,
             )
         except BaseException:  # also when the client leaves while we wait: the call may have been taken all the same
@@ -152,6 +155,10 @@ class Dispatcher:
         if isinstance(answer, Refused):
             for stream in streams:
                 self._streams.pop(stream.request_id, None)
+        else:
+            for stream, prefix in leaders:
+                if stream.request_id in self._streams:  # or it has ended already
+                    stream.visit = self._prefixes.sent(answer.replica_id, prefix)
         return answer
 
     def _accepted(self, streams: Sequence[Stream], replica_id: str) -> None:
@@ -167,6 +174,8 @@ class Dispatcher:
         running: dict[str | None, list[str]] = {}
         for stream in streams:
             if self._streams.pop(stream.request_id, None) is not None:
+                if stream.visit is not None and stream.visit.uncached:
+                    self._prefixes.withdrawn(stream.visit)
                 running.setdefault(stream.replica_id, []).append(stream.request_id)
         for replica_id, request_ids in running.items():
             self._spawn(self._abort_on(replica_id, request_ids))
@@ -186,6 +195,7 @@ class Dispatcher:
             keeper.cancel()
             outputs.cancel()  # dropping it would leave the replica's side running
             del self._pumps[replica_id]
+            self._prefixes.forget(replica_id)
         orphans = [stream for stream in self._streams.values() if stream.replica_id == replica_id]
         if orphans:
             self._spawn(self._resume(orphans))
@@ -210,6 +220,12 @@ class Dispatcher:
             if finish_reason is not None:
                 del self._streams[request_id]
             stream.receive(token_ids, finish_reason, num_cached_tokens, details)
+            if stream.visit is not None:
+                if stream.visit.uncached:
+                    self._prefixes.heard(stream.visit, num_cached_tokens)
+                if finish_reason is not None:
+                    known = stream.visit.prefix.num_tokens - len(stream.work.prompt_ids)
+                    self._prefixes.ended(stream.visit, stream.journal[known:])
 
     async def _resume(self, orphans: list[Stream]) -> None:
         """Submit again, with the journal, the streams that a dead replica left behind."""
@@ -238,9 +254,20 @@ class Dispatcher:
         except Exception as error:  # a replica that is gone computes nothing; a channel's end frees the rest
             logger.info("could not abort %d requests: %s", len(request_ids), _reason(error))
 
-    def _open_streams(self) -> dict[str, int]:
-        load = Counter(stream.replica_id for stream in self._streams.values() if stream.replica_id is not None)
-        return load | Counter(dict.fromkeys(self._out_of_order, OUT_OF_ORDER))
+    def _hint(self, leaders: Sequence[tuple[Stream, Prefix]]) -> RouteHint:
+        """What we know that bears on where these should go."""
+        cached: Counter[str] = Counter()
+        for _, prefix in leaders:
+            cached.update(self._prefixes.match(prefix))
+        pending: Counter[str] = Counter()
+        open_streams: Counter[str] = Counter()
+        for stream in self._streams.values():
+            if stream.replica_id is not None:
+                open_streams[stream.replica_id] += 1
+                pending[stream.replica_id] += stream.visit.uncached if stream.visit is not None else 0
+        num_tokens = sum(prefix.num_tokens for _, prefix in leaders)
+        session = leaders[0][0].work.session if leaders else ""
+        return RouteHint(num_tokens, cached, pending, open_streams, frozenset(self._out_of_order), session)
 
     async def _call(self, method: Any, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
         async def call() -> Any:
@@ -267,6 +294,14 @@ class Dispatcher:
         self._tasks.add(task)  # the loop itself holds tasks only weakly
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _leaders(streams: Sequence[Stream]) -> list[tuple[Stream, Prefix]]:
+    """The first stream of each prompt, and what it asks a cache for; the other choices take it from the first."""
+    leaders: dict[tuple[int, ...], Stream] = {}
+    for stream in streams:
+        leaders.setdefault((*stream.work.prompt_ids, *stream.journal), stream)
+    return [(stream, Prefix(token_ids, stream.work.cache_salt)) for token_ids, stream in leaders.items()]
 
 
 def _as_error(refused: Refused) -> AttendantError:

@@ -11,7 +11,8 @@ from ray import serve
 
 from model.errors import CheckpointError, ConfigError, GrammarError, InvalidRequest
 from model.sampling.params import GrammarSpec
-from service.admission import Admission, backlog
+from service.admission import Admission, backlog, unprefilled
+from service.balance import RouteHint, Standing
 from service.channel import Accepted, Details, EngineInfo, Outbox, Output, Refused, Submission
 from service.metrics import EngineMetrics
 from service.receipt import EngineReceipt, Timing, WeightsDigest
@@ -79,14 +80,13 @@ class EngineReplica:
 
     async def describe(self) -> EngineInfo:
         """What an ingress needs in order to refuse at the door."""
-        return EngineInfo(self._engine.max_model_len, self._capacity)
+        kv_cache_tokens = self._engine.scheduler.blocks.num_blocks * self._engine.config.block_size
+        return EngineInfo(self._engine.max_model_len, self._capacity, kv_cache_tokens)
 
-    async def submit(
-        self, channel_id: str, submissions: list[Submission], open_streams: dict[str, int]
-    ) -> Accepted | Refused:
+    async def submit(self, channel_id: str, submissions: list[Submission], hint: RouteHint) -> Accepted | Refused:
         """Start all of `submissions`, or none. Their outputs go to the channel `channel_id`, opened or yet to be.
 
-        `open_streams` is for the router, which has read it by now.
+        `hint` is for the router, which has read it by now.
         """
         if not self._loop.is_alive:
             return Refused(self._replica_id, "failed", f"the engine stopped: {self._loop.failure}")
@@ -151,6 +151,12 @@ class EngineReplica:
         """This replica's registry in Prometheus' text format."""
         self._metrics.backlog.set(backlog([owner.request for owner in self._owners.values()]))
         return self._metrics.expose()
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """What the routers of all ingresses should know, asked by Serve every second: a `service.balance.Standing`."""
+        stats = self._engine.stats
+        pending = unprefilled([owner.request for owner in self._owners.values()])
+        return Standing(stats.num_running, stats.num_waiting, pending, stats.kv_cache_usage)._asdict()
 
     def check_health(self) -> None:
         """Raise when the engine thread is dead, so that Serve replaces this replica."""

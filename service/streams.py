@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from service.affinity import Visit
 from service.channel import Details, Submission, Work
 from service.errors import DeadlineExceeded, ServiceError
 
@@ -32,6 +33,7 @@ class Stream:
         self.journal: list[int] = []
         self.resumes = 0
         self.replica_id: str | None = None
+        self.visit: Visit | None = None  # of the current attempt, if it leads its prompt's choices
         self.wanted = True
         self._choice = choice
         self._deadline = deadline
@@ -48,7 +50,7 @@ class Stream:
     def new_attempt(self) -> Submission:
         """The request as it stands; after a replica's death, with what was already said."""
         self._attempt += 1
-        self.replica_id = None
+        self.replica_id = self.visit = None
         left = None if self._deadline is None else self._deadline - time.monotonic()
         return Submission(self.request_id, self.work, list(self.journal), self.resumes > 0, left, self._timed)
 

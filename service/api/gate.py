@@ -1,5 +1,6 @@
 """The door: nobody comes in with too large a header, without a key, above the key's limits, or after closing time."""
 
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -19,6 +20,8 @@ from service.quota import Quota
 PROBES = ("/health", "/ready")
 DEADLINE_HEADER = "x-request-deadline-ms"
 MAX_DEADLINE_MS = 24 * 3600 * 1000
+SESSION_HEADER = "x-session-id"
+SESSION_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 LINE_OVERHEAD = 4  # ": " and the line's end
 
 
@@ -56,6 +59,7 @@ class Gate:
         self._check_size(scope["headers"])
         headers = Headers(scope=scope)
         _read_deadline(headers, call)
+        _read_session(headers, call)
         if self._keys is not None and scope["path"] not in PROBES:
             self._identify(self._keys, headers, call, held)
 
@@ -82,3 +86,10 @@ def _read_deadline(headers: Headers, call: Call) -> None:
             f"the header {DEADLINE_HEADER} takes whole milliseconds from 0 to {MAX_DEADLINE_MS}", param=DEADLINE_HEADER
         )
     call.limit_to(int(text))
+
+
+def _read_session(headers: Headers, call: Call) -> None:
+    name = headers.get(SESSION_HEADER, "")
+    if SESSION_HEADER in headers and not SESSION_ID.fullmatch(name):
+        raise InvalidRequest(f"the header {SESSION_HEADER} must match {SESSION_ID.pattern}", param=SESSION_HEADER)
+    call.session = name

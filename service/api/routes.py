@@ -10,7 +10,7 @@ from service.access_log import AccessLog
 from service.api import chat, completions, document, errors, operations, responses, tokens
 from service.api.document import describe_api
 from service.api.envelope import REQUEST_ID, Envelope
-from service.api.gate import DEADLINE_HEADER, Gate
+from service.api.gate import DEADLINE_HEADER, SESSION_HEADER, Gate
 from service.completion import Service
 from service.door import Door
 from service.keys import KeyRing
@@ -34,7 +34,7 @@ def create_api(service: Service, door: Door) -> FastAPI:
             CORSMiddleware,
             allow_origins=door.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", REQUEST_ID, DEADLINE_HEADER],
+            allow_headers=["authorization", "content-type", REQUEST_ID, DEADLINE_HEADER, SESSION_HEADER],
             expose_headers=[REQUEST_ID, "retry-after"],
         )
     log = AccessLog(door.access_log) if door.access_log else None

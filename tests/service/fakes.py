@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
+from service.balance import RouteHint, Standing, rank
 from service.channel import Accepted, EngineInfo, Outbox, Refused, Submission
 from service.receipt import EngineReceipt
 from service.replica import EngineReplica
-from service.router import ReplicaGone
+from service.router import NoReplica, ReplicaGone
 
 
 class FakeReplica:
@@ -37,10 +38,11 @@ class FakeChannel:
 
 
 class FakeFleet:
-    """Stands for a `DeploymentHandle`. A pinned call to a dead replica raises; another goes to the least loaded."""
+    """Stands for a `DeploymentHandle`. A pinned call to a dead replica raises; another goes to the best by its hint."""
 
     def __init__(self, *names: str) -> None:
         self.replicas = {name: FakeReplica(name) for name in names}
+        self.hints: list[RouteHint] = []
         self.submit = Method(self._submit)
         self.abort = Method(self._abort)
         self.ping = Method(self._ping)
@@ -62,10 +64,14 @@ class FakeFleet:
     def broadcast(self, method: str, *args: object) -> "Broadcast":
         return Broadcast()
 
-    async def _submit(self, channel_id: str, submissions: list[Submission], open_streams: dict[str, int]) -> Any:
+    async def _submit(self, channel_id: str, submissions: list[Submission], hint: RouteHint) -> Any:
         while not self.replicas:  # as Serve does
             await asyncio.sleep(0)
-        replica = min(self.replicas.values(), key=lambda replica: open_streams.get(replica.name, 0))
+        self.hints.append(hint)
+        order = rank(dict.fromkeys(self.replicas, Standing()), hint)
+        if not order:
+            raise NoReplica
+        replica = self.replicas[order[0]]
         if isinstance(replica.answer, Accepted):
             replica.submitted += submissions
         return replica.answer
@@ -81,7 +87,7 @@ class FakeFleet:
         return EngineReceipt(queue=0.25, prefill=0.5, decode=None, weights_sha256="ab")
 
     async def _describe(self) -> EngineInfo:
-        return EngineInfo(max_model_len=64, capacity=16)
+        return EngineInfo(max_model_len=64, capacity=16, kv_cache_tokens=4096)
 
     async def _channel(self, channel_id: str, pin: str) -> AsyncIterator[Any]:
         outbox = self._pinned(pin).outbox

@@ -31,8 +31,8 @@ class Storyteller(FakeFleet):
         super().__init__("a")
         self.ids = tokenizer.encode(TEXT, add_special_tokens=False)
 
-    async def _submit(self, channel_id: str, submissions: Any, open_streams: Any) -> Any:
-        answer = await super()._submit(channel_id, submissions, open_streams)
+    async def _submit(self, channel_id: str, submissions: Any, hint: Any) -> Any:
+        answer = await super()._submit(channel_id, submissions, hint)
         for submission in submissions:
             limit = min(submission.work.params.max_tokens, len(self.ids))
             for i, token_id in enumerate(self.ids[:limit]):

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 from model.attention.weights import HeadWeights
 from model.text.tokenizer import Tokenizer
 from service.api.routes import create_api
+from service.balance import RouteHint
 from service.channel import Details, Submission
 from service.completion import Service
 from service.dispatch import Dispatcher
@@ -96,8 +97,8 @@ async def test_tokens_behind_a_stop_string_have_no_weights(live: httpx.AsyncClie
 class Guesser(FakeFleet):
     """Answers with five tokens in one step, as an engine that guesses ahead may."""
 
-    async def _submit(self, channel_id: str, submissions: list[Submission], open_streams: dict[str, int]) -> Any:
-        answer = await super()._submit(channel_id, submissions, open_streams)
+    async def _submit(self, channel_id: str, submissions: list[Submission], hint: RouteHint) -> Any:
+        answer = await super()._submit(channel_id, submissions, hint)
         looks = [[HeadWeights(0, 0, [i], [1.0])] for i in range(5)]
         for submission in submissions:
             output = (submission.request_id, list(b"abcde"), "length", 0, Details(None, None, looks))

@@ -197,6 +197,23 @@ async def test_a_deadline_that_is_no_time_is_refused_by_name(service: Service, t
     assert error["param"] == "x-request-deadline-ms"
 
 
+async def test_the_requests_of_a_session_are_told_apart_from_those_of_other_keys(service: Service, file: Path) -> None:
+    fleet: Any = service.dispatcher._engines
+    for name in ("one", "two"):
+        async with client_of(service, Door(api_keys_file=str(file)), keys.add(file, name)) as client:
+            assert (await complete(client, {"x-session-id": "talk-1"})).status_code == 200
+    sessions = {hint.session.partition("/")[::2] for hint in fleet.hints}
+    assert len(sessions) == 2
+    assert {session for _, session in sessions} == {"talk-1"}
+
+
+@pytest.mark.parametrize("text", ["", "x" * 129, "two words", "uml\xe4ut"])
+async def test_a_session_that_is_no_plain_name_is_refused(service: Service, text: str) -> None:
+    async with client_of(service, Door()) as client:
+        error = refusal(await complete(client, {"x-session-id": text.encode("latin-1")}), 400)
+    assert error["param"] == "x-session-id"
+
+
 async def test_an_answer_has_an_id_when_the_client_sent_none(service: Service) -> None:
     async with client_of(service, Door()) as client:
         ids = {(await client.get("/health")).headers["x-request-id"] for _ in range(2)}

@@ -14,6 +14,7 @@ from model.attention.weights import AttentionRequest
 from model.sampling.params import GrammarSpec, SamplingParams
 from model.text.tokenizer import Tokenizer
 from service import replica as replica_module
+from service.balance import RouteHint, Standing
 from service.channel import Accepted, Output, Refused, Submission, Work
 from service.replica import EngineReplica, Queue
 
@@ -67,33 +68,33 @@ def sample(replica: EngineReplica, name: str) -> float:
 
 
 async def test_outputs_that_came_before_the_channel_was_opened_are_not_lost(replica: EngineReplica) -> None:
-    assert await replica.submit("c", [submission("a")], {}) == Accepted("r1")
+    assert await replica.submit("c", [submission("a")], RouteHint()) == Accepted("r1")
     await until(lambda: not replica._owners)
     assert len((await read(replica.channel("c", "r1"), 1))["a"]) == 5
 
 
 async def test_one_channel_carries_all_requests_of_its_ingress_and_no_others(replica: EngineReplica) -> None:
-    await replica.submit("mine", [submission("a"), submission("b")], {})
-    await replica.submit("theirs", [submission("c")], {})
+    await replica.submit("mine", [submission("a"), submission("b")], RouteHint())
+    await replica.submit("theirs", [submission("c")], RouteHint())
     assert set(await read(replica.channel("mine", "r1"), 2)) == {"a", "b"}
 
 
 async def test_several_choices_of_one_prompt_compute_it_once(replica: EngineReplica) -> None:
     choices = [submission(name, prompt=49) for name in "abcd"]
-    await replica.submit("c", choices, {})
+    await replica.submit("c", choices, RouteHint())
     await read(replica.channel("c", "r1"), 4)
     assert sample(replica, "prefix_cache_hits_total") == 3 * 48
 
 
 async def test_a_resumed_request_goes_on_where_it_stopped(replica: EngineReplica) -> None:
-    await replica.submit("c", [submission("whole", max_tokens=8)], {})
+    await replica.submit("c", [submission("whole", max_tokens=8)], RouteHint())
     whole = (await read(replica.channel("c", "r1"), 1))["whole"]
-    await replica.submit("d", [submission("rest", max_tokens=8, output_ids=tuple(whole[:3]))], {})
+    await replica.submit("d", [submission("rest", max_tokens=8, output_ids=tuple(whole[:3]))], RouteHint())
     assert (await read(replica.channel("d", "r1"), 1))["rest"] == whole[3:]
 
 
 async def test_the_end_of_a_channel_frees_what_its_ingress_had_running(replica: EngineReplica) -> None:
-    await replica.submit("c", [submission("a", max_tokens=1000)], {})
+    await replica.submit("c", [submission("a", max_tokens=1000)], RouteHint())
     channel = replica.channel("c", "r1")
     await anext(channel)
     await channel.aclose()
@@ -106,14 +107,14 @@ async def test_an_ingress_that_falls_silent_is_forgotten(
     replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replica_module, "SILENCE_LIMIT_S", 0.0)
-    await replica.submit("c", [submission("a", max_tokens=1000)], {})
+    await replica.submit("c", [submission("a", max_tokens=1000)], RouteHint())
     await until(lambda: not replica._outboxes and not replica._owners)
     await until(lambda: sample(replica, "num_requests_running") == 0)
 
 
 async def test_a_full_replica_refuses_and_starts_nothing(replica: EngineReplica) -> None:
-    await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(6)], {})
-    refused = await replica.submit("c", [submission("late")], {})
+    await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(6)], RouteHint())
+    refused = await replica.submit("c", [submission("late")], RouteHint())
     assert isinstance(refused, Refused)
     assert refused.kind == "overloaded"
     assert "late" not in replica._owners
@@ -121,8 +122,8 @@ async def test_a_full_replica_refuses_and_starts_nothing(replica: EngineReplica)
 
 async def test_a_refusal_for_load_says_when_to_come_back_and_why(replica: EngineReplica) -> None:
     replica._admission.observe(100, 1.0)  # tokens in a second
-    await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(6)], {})
-    refused = await replica.submit("c", [submission("late")], {})
+    await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(6)], RouteHint())
+    refused = await replica.submit("c", [submission("late")], RouteHint())
     assert isinstance(refused, Refused)
     assert refused.retry_after_s > 1
     assert 'reason="requests"' in replica._metrics.expose()
@@ -130,8 +131,8 @@ async def test_a_refusal_for_load_says_when_to_come_back_and_why(replica: Engine
 
 async def test_the_backlog_in_tokens_is_bounded_too(replica: EngineReplica) -> None:
     # (4 running + 2 waiting) x a context of 1024 / 4
-    await replica.submit("c", [submission("long", max_tokens=1000)], {})
-    refused = await replica.submit("c", [submission("late", max_tokens=1000)], {})
+    await replica.submit("c", [submission("long", max_tokens=1000)], RouteHint())
+    refused = await replica.submit("c", [submission("late", max_tokens=1000)], RouteHint())
     assert isinstance(refused, Refused)
     assert "1536 may be outstanding" in refused.message
     assert "attendant_backlog_tokens" in await replica.metrics()
@@ -139,7 +140,7 @@ async def test_the_backlog_in_tokens_is_bounded_too(replica: EngineReplica) -> N
 
 async def test_a_request_past_its_deadline_is_never_computed(replica: EngineReplica) -> None:
     late = submission("late")._replace(seconds_left=0.0)
-    await replica.submit("c", [late], {})
+    await replica.submit("c", [late], RouteHint())
     outputs = await anext(replica.channel("c", "r1"))
     assert [(output[0], output[1], output[2]) for output in outputs] == [("late", [], "deadline")]
     assert "attendant_iteration_tokens_count" in replica._metrics.expose()
@@ -147,7 +148,7 @@ async def test_a_request_past_its_deadline_is_never_computed(replica: EngineRepl
 
 
 async def test_a_deadline_that_passes_in_decode_ends_the_request_and_frees_its_blocks(replica: EngineReplica) -> None:
-    await replica.submit("c", [submission("a", max_tokens=1000)._replace(seconds_left=0.1)], {})
+    await replica.submit("c", [submission("a", max_tokens=1000)._replace(seconds_left=0.1)], RouteHint())
     tokens, reason = 0, None
     async with asyncio.timeout(20):
         async for outputs in replica.channel("c", "r1"):
@@ -161,10 +162,10 @@ async def test_a_deadline_that_passes_in_decode_ends_the_request_and_frees_its_b
 
 
 async def test_who_has_priority_is_computed_first(replica: EngineReplica) -> None:
-    await replica.submit("c", [submission(str(i), max_tokens=200) for i in range(4)], {})
+    await replica.submit("c", [submission(str(i), max_tokens=200) for i in range(4)], RouteHint())
     last, first = submission("last", max_tokens=1), submission("first", max_tokens=1)
-    await replica.submit("c", [last._replace(work=last.work._replace(priority=1))], {})
-    await replica.submit("c", [first._replace(work=first.work._replace(priority=-1))], {})
+    await replica.submit("c", [last._replace(work=last.work._replace(priority=1))], RouteHint())
+    await replica.submit("c", [first._replace(work=first.work._replace(priority=-1))], RouteHint())
     ended = []
     async with asyncio.timeout(20):
         async for outputs in replica.channel("c", "r1"):
@@ -175,12 +176,12 @@ async def test_who_has_priority_is_computed_first(replica: EngineReplica) -> Non
 
 
 async def test_a_stream_that_lost_its_replica_is_taken_by_a_full_one(replica: EngineReplica) -> None:
-    await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(6)], {})
-    assert await replica.submit("c", [submission("moved", output_ids=(7,))], {}) == Accepted("r1")
+    await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(6)], RouteHint())
+    assert await replica.submit("c", [submission("moved", output_ids=(7,))], RouteHint()) == Accepted("r1")
 
 
 async def test_one_bad_request_of_several_starts_none_of_them(replica: EngineReplica) -> None:
-    refused = await replica.submit("c", [submission("good"), submission("long", prompt=2000)], {})
+    refused = await replica.submit("c", [submission("good"), submission("long", prompt=2000)], RouteHint())
     assert isinstance(refused, Refused)
     assert (refused.kind, refused.param) == ("invalid", "prompt")
     assert not replica._owners
@@ -192,13 +193,13 @@ def constrained(name: str, spec: GrammarSpec) -> Submission:
 
 async def test_an_output_keeps_to_its_grammar(replica: EngineReplica, tiny_model: Path) -> None:
     spec = GrammarSpec("choice", '["red", "green"]')
-    assert await replica.submit("c", [constrained("a", spec)], {}) == Accepted("r1")
+    assert await replica.submit("c", [constrained("a", spec)], RouteHint()) == Accepted("r1")
     token_ids = (await read(replica.channel("c", "r1"), 1))["a"]
     assert Tokenizer.from_directory(tiny_model).decode(token_ids) in ("red", "green")
 
 
 async def test_a_grammar_that_cannot_be_compiled_is_refused_before_anything_starts(replica: EngineReplica) -> None:
-    refused = await replica.submit("c", [constrained("a", GrammarSpec("json_schema", '{"not": {}}'))], {})
+    refused = await replica.submit("c", [constrained("a", GrammarSpec("json_schema", '{"not": {}}'))], RouteHint())
     assert isinstance(refused, Refused)
     assert (refused.kind, refused.param) == ("invalid", "response_format")
     assert not replica._owners
@@ -209,7 +210,7 @@ async def test_a_request_that_is_aborted_while_its_grammar_compiles_never_starts
 ) -> None:
     compile_one, go_on = replica._compile_one, threading.Event()
     monkeypatch.setattr(replica, "_compile_one", lambda spec: (go_on.wait(20), compile_one(spec))[1])
-    submitting = asyncio.create_task(replica.submit("c", [constrained("a", GrammarSpec("json_object"))], {}))
+    submitting = asyncio.create_task(replica.submit("c", [constrained("a", GrammarSpec("json_object"))], RouteHint()))
     await until(lambda: replica._compiling)
     await replica.abort(["a"])
     go_on.set()
@@ -220,7 +221,7 @@ async def test_a_request_that_is_aborted_while_its_grammar_compiles_never_starts
 async def test_details_cross_the_channel_for_those_who_ask(replica: EngineReplica) -> None:
     params = SamplingParams(max_tokens=2, seed=1, ignore_eos=True, logprobs=1, prompt_logprobs=0)
     work = Work([5] * 3, params, attention=AttentionRequest((1,), (0,), 2))
-    await replica.submit("c", [Submission("a", work, [], False), submission("b")], {})
+    await replica.submit("c", [Submission("a", work, [], False), submission("b")], RouteHint())
     found = {"a": [], "b": []}
     async with asyncio.timeout(20):
         async for outputs in replica.channel("c", "r1"):
@@ -235,8 +236,19 @@ async def test_details_cross_the_channel_for_those_who_ask(replica: EngineReplic
     assert [len(head.weights) for details in found["a"] for token in details.attention for head in token] == [2, 2]
 
 
+async def test_a_replica_says_how_it_stands(replica: EngineReplica) -> None:
+    assert Standing(**replica.record_routing_stats()) == Standing()
+    for i in range(6):
+        await replica.submit("c", [submission(str(i), max_tokens=200, prompt=40)], RouteHint())
+    await until(lambda: Standing(**replica.record_routing_stats())[:2] == (4, 2))
+    standing = Standing(**replica.record_routing_stats())
+    assert standing.is_full
+    assert standing.pending_tokens == 2 * 40
+    assert 0 < standing.kv_usage < 1
+
+
 async def test_a_dead_engine_ends_the_channels_and_fails_the_health_check(replica: EngineReplica) -> None:
-    await replica.submit("c", [submission("a", max_tokens=1000)], {})
+    await replica.submit("c", [submission("a", max_tokens=1000)], RouteHint())
     channel = replica.channel("c", "r1")
     await anext(channel)
     replica._loop.stop()
@@ -245,7 +257,7 @@ async def test_a_dead_engine_ends_the_channels_and_fails_the_health_check(replic
             pass
     with pytest.raises(RuntimeError, match="engine thread is dead"):
         replica.check_health()
-    refused = await replica.submit("c", [submission("b")], {})
+    refused = await replica.submit("c", [submission("b")], RouteHint())
     assert isinstance(refused, Refused)
     assert refused.kind == "failed"
 
@@ -254,8 +266,8 @@ async def test_a_timed_request_has_a_receipt_once_and_others_have_none(
     replica: EngineReplica, tiny_model: Path
 ) -> None:
     timed = [submission(name, prompt=300)._replace(timed=True) for name in "ab"]
-    await replica.submit("c", [*timed], {})
-    await replica.submit("c", [submission("plain")], {})
+    await replica.submit("c", [*timed], RouteHint())
+    await replica.submit("c", [submission("plain")], RouteHint())
     await read(replica.channel("c", "r1"), 3)
     receipt = await replica.receipt("a", "r1")
     assert receipt is not None

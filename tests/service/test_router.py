@@ -1,14 +1,16 @@
 import asyncio
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from service.router import PinnedRouter, ReplicaGone
+from service.balance import STREAM_TOKENS, RouteHint
+from service.router import NoReplica, PinnedRouter, ReplicaGone
 
 
-def replica(name: str) -> Any:
-    return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name))
+def replica(name: str, stats: Mapping[str, float] | None = None) -> Any:
+    return SimpleNamespace(replica_id=SimpleNamespace(unique_id=name), routing_stats=stats)
 
 
 def call(internal_id: str = "call", **kwargs: object) -> Any:
@@ -39,22 +41,55 @@ async def test_a_pin_on_a_replica_that_left_fails_the_call_at_once(router: Pinne
     assert names(groups) == [["a"]], "an empty answer would make Serve's loop spin"
 
 
-async def test_an_unpinned_call_prefers_the_replica_with_the_fewest_open_streams(router: PinnedRouter) -> None:
-    replicas = [replica("a"), replica("b"), replica("c")]
-    groups = await router.choose_replicas(replicas, call(open_streams={"a": 3, "b": 1, "c": 2}))
-    assert names(groups) == [["b"], ["c"], ["a"]]
+async def test_a_call_for_which_no_replica_may_be_asked_fails_at_once(router: PinnedRouter) -> None:
+    pending = call(hint=RouteHint(avoid=frozenset("ab")))
+    groups = await router.choose_replicas([replica("a"), replica("b")], pending)
+    assert isinstance(pending.future.exception(), NoReplica)
+    assert names(groups) == [["a", "b"]], "an empty answer would make Serve's loop spin"
+
+
+async def test_the_order_is_that_of_the_hint_and_of_what_the_replicas_say(router: PinnedRouter) -> None:
+    full = {"running": 4, "waiting": 2, "pending_tokens": 0, "kv_usage": 0.5}
+    replicas = [replica("a", full), replica("b"), replica("c")]
+    groups = await router.choose_replicas(replicas, call(hint=RouteHint(1000, cached={"a": 992, "c": 512})))
+    assert names(groups) == [["c"], ["b"], ["a"]]
+
+
+async def test_a_call_that_says_nothing_may_go_anywhere(router: PinnedRouter) -> None:
+    groups = await router.choose_replicas([replica("a"), replica("b")], call())
+    assert sorted(names(groups)) == [["a"], ["b"]]
 
 
 async def test_a_burst_is_spread_before_the_first_answer_is_back(router: PinnedRouter) -> None:
     replicas = [replica("a"), replica("b")]
-    first = [names(await router.choose_replicas(replicas, call(str(i), open_streams={})))[0][0] for i in range(10)]
+    hint = RouteHint()
+    first = [names(await router.choose_replicas(replicas, call(str(i), hint=hint)))[0][0] for i in range(10)]
     assert first.count("a") == first.count("b") == 5
+
+
+async def test_a_prompt_weighs_before_the_first_answer_is_back(router: PinnedRouter) -> None:
+    replicas = [replica("a"), replica("b")]
+    await router.choose_replicas(
+        replicas, call("long", hint=RouteHint(9 * STREAM_TOKENS, open_streams={"a": 1}))
+    )  # to b
+    groups = await router.choose_replicas(replicas, call("short", hint=RouteHint(1, open_streams={"a": 8})))
+    assert names(groups)[0] == ["a"]
 
 
 async def test_an_answered_call_no_longer_weighs(router: PinnedRouter) -> None:
     replicas = [replica("a"), replica("b")]
     for i in range(4):
-        await router.choose_replicas(replicas, call(str(i), open_streams={"a": 10}))  # all go to b
+        await router.choose_replicas(replicas, call(str(i), hint=RouteHint(open_streams={"a": 10})))  # all go to b
         router.on_request_completed(replicas[1].replica_id, str(i))
-    groups = await router.choose_replicas(replicas, call("last", open_streams={"a": 1}))
+    groups = await router.choose_replicas(replicas, call("last", hint=RouteHint(open_streams={"a": 1})))
+    assert names(groups)[0] == ["b"]
+
+
+async def test_a_call_that_was_given_up_before_it_was_sent_no_longer_weighs(router: PinnedRouter) -> None:
+    replicas = [replica("a"), replica("b")]
+    pending = call("given up", hint=RouteHint(100 * STREAM_TOKENS, open_streams={"a": 1}))
+    await router.choose_replicas(replicas, pending)  # it is to go to b
+    pending.future.cancel()
+    await asyncio.sleep(0)
+    groups = await router.choose_replicas(replicas, call("next", hint=RouteHint(1, open_streams={"a": 1})))
     assert names(groups)[0] == ["b"]
