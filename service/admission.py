@@ -45,6 +45,11 @@ class Admission:
         self._tokens = self._tokens * MEMORY + num_tokens
         self._seconds = self._seconds * MEMORY + seconds
 
+    @property
+    def tokens_per_second(self) -> float:
+        """As measured; 0 before the first step."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
     def refusal(
         self, unfinished: Collection["Request"], num_compiling: int, submissions: Sequence[Submission]
     ) -> Refusal | None:

@@ -4,13 +4,16 @@ serve run service.app:build model=model/checkpoints/storyteller replicas=2
 """
 
 import os
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from model.config import Device, Dtype
+from service.autoscaling import Autoscaling
 from service.door import Door
 from service.ingress import Ingress
 from service.replica import EngineReplica, Queue
@@ -19,6 +22,7 @@ from service.replica import EngineReplica, Queue
 UNBOUNDED = 100_000
 # In an update the new replica starts before the old one stops: one more at a time, of up to four.
 SURGE_PERCENT = 25
+METRICS_INTERVAL_S = 1.0  # between two reports of a replica to Serve's autoscaler
 ROUTER = "service.router:PinnedRouter"
 
 
@@ -26,6 +30,9 @@ class AppArgs(Door):
     """What an operator may choose. `None` means: decided from the checkpoint and the machine.
 
     model: a Hugging Face directory; model_name: what clients call it, the directory's own name by default.
+    autoscaling: as many engines as their load needs, instead of `replicas`.
+    replica_cpus: what Ray sets aside for each engine. 0 lets it have as many on a machine as there are; more makes it
+    look for room, and its own autoscaler add nodes.
     max_waiting: requests that may wait in one replica beyond those that run; the next one gets a 429. So does one with
     which they all together may need more than max_backlog_tokens.
     drain_seconds: how long a replica that is to go may still work on what it has; at least the longest generation, or
@@ -38,6 +45,8 @@ class AppArgs(Door):
     model: str
     model_name: str | None = None
     replicas: Annotated[int, Field(ge=1)] = 1
+    autoscaling: Autoscaling | None = None
+    replica_cpus: Annotated[float, Field(ge=0)] = 0.0
     dtype: Dtype = "auto"
     device: Device = "auto"
     max_model_len: Annotated[int, Field(ge=1)] | None = None
@@ -53,12 +62,44 @@ class AppArgs(Door):
     @property
     def engine_options(self) -> dict[str, Any]:
         """What becomes of it in a replica: the arguments of `EngineConfig`."""
-        own = {"model", "model_name", "replicas", "drain_seconds", *Queue._fields, *Door.model_fields}
+        serving = {"replicas", "autoscaling", "replica_cpus", "drain_seconds"}
+        own = {"model", "model_name", *serving, *Queue._fields, *Door.model_fields}
         options = self.model_dump(exclude=own)
         # Half of the cores compute; HTTP, text and Ray have the others. With both of 2 cores the embedded model gave
         # a third fewer tokens (docs/benchmarks.md).
-        options["num_threads"] = self.num_threads or max(1, (os.cpu_count() or 2) // (2 * self.replicas))
+        most = self.autoscaling.max_replicas if self.autoscaling else self.replicas
+        share = self.replica_cpus or (os.cpu_count() or 2) / (2 * most)
+        options["num_threads"] = self.num_threads or max(1, int(share))
         return options
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether there may be no replica at all."""
+        return self.autoscaling is not None and self.autoscaling.min_replicas == 0
+
+    @property
+    def scaling(self) -> dict[str, Any]:
+        """What becomes of it in Serve: the options of a deployment."""
+        if self.autoscaling is None:
+            return {"num_replicas": self.replicas}
+        with warnings.catch_warnings():
+            # Serve asks to set the interval in the environment instead, where 2.60 does not read it.
+            warnings.filterwarnings("ignore", "The `metrics_interval_s` field", DeprecationWarning)
+            policy = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+                policy_function="service.autoscaling:TokenPolicy", policy_kwargs=self.autoscaling.model_dump()
+            )
+            config = AutoscalingConfig(
+                min_replicas=self.autoscaling.min_replicas,
+                # Also where none is to stay: a model that cannot be loaded is found out at the start.
+                initial_replicas=max(1, self.autoscaling.min_replicas),
+                max_replicas=self.autoscaling.max_replicas,
+                policy=policy,
+                metrics_interval_s=METRICS_INTERVAL_S,
+                look_back_period_s=2 * METRICS_INTERVAL_S,
+                upscale_delay_s=0,  # the policy has its own delays
+                downscale_delay_s=0,
+            )
+        return {"autoscaling_config": config}
 
 
 def build(args: AppArgs) -> serve.Application:
@@ -67,7 +108,7 @@ def build(args: AppArgs) -> serve.Application:
     name = args.model_name or Path(directory).name
     engines = serve.deployment(
         name="Engine",
-        num_replicas=args.replicas,
+        **args.scaling,
         max_ongoing_requests=UNBOUNDED,
         max_constructor_retry_count=1,
         health_check_period_s=1,
@@ -75,7 +116,7 @@ def build(args: AppArgs) -> serve.Application:
         graceful_shutdown_timeout_s=args.drain_seconds,
         max_surge_percent=SURGE_PERCENT,
         graceful_shutdown_wait_loop_s=0.5,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": args.replica_cpus},
         request_router_config={"request_router_class": ROUTER, "request_routing_stats_period_s": 1},
     )(EngineReplica)
     ingress = serve.deployment(
@@ -88,4 +129,4 @@ def build(args: AppArgs) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
     )(serve.ingress()(Ingress))
     queue = Queue(args.max_waiting, args.max_backlog_tokens)
-    return ingress.bind(engines.bind(directory, name, args.engine_options, queue), directory, name, args)
+    return ingress.bind(engines.bind(directory, name, args.engine_options, queue), directory, name, args, args.sleeps)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from model.config import Device, Dtype
-from model.errors import AttendantError, InvalidRequest
+from model.errors import AttendantError, ConfigError, InvalidRequest
 from service import __version__
 from service.cli_chat import ApiKey, chat
 from service.cli_keys import keys
@@ -18,6 +18,7 @@ from service.data_plane import DataPlane
 from service.hub import EMBEDDED, display_name, resolve
 
 if TYPE_CHECKING:
+    from service.autoscaling import Autoscaling
     from service.generate import Job, Remote
 
 REFUSED = 2
@@ -48,6 +49,10 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="Engines that share the load.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="As many engines as the load needs, up to this; instead of --replicas.")
+    ] = None,
+    min_replicas: Annotated[int, typer.Option(min=0, help="With --max-replicas: as few as this; 0 lets it sleep.")] = 1,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and completion together.")] = None,
@@ -96,6 +101,7 @@ def serve(
         model=str(resolve(model)),
         model_name=display_name(model),
         replicas=replicas,
+        autoscaling=_autoscaling(min_replicas, max_replicas, replicas),
         dtype=dtype,
         device=device,
         max_model_len=max_model_len,
@@ -198,6 +204,22 @@ def main() -> None:
     except AttendantError as error:
         console.print(f"attendant: {error}", style="red", soft_wrap=True, markup=False)
         sys.exit(REFUSED)
+
+
+def _autoscaling(minimum: int, maximum: int | None, replicas: int) -> "Autoscaling | None":
+    from service.autoscaling import Autoscaling
+
+    if maximum is None:
+        if minimum != 1:
+            raise ConfigError("--min-replicas says nothing without --max-replicas")
+        return None
+    if replicas != 1:
+        raise ConfigError(
+            "--replicas is a fixed number, and --max-replicas a bound for one that changes; give one of them"
+        )
+    if minimum > maximum:
+        raise ConfigError(f"--min-replicas ({minimum}) must not exceed --max-replicas ({maximum})")
+    return Autoscaling(min_replicas=minimum, max_replicas=maximum)
 
 
 def _print(prompt: str | None, pieces: Iterator[str], work: "Job | Remote", *, as_json: bool) -> None:

@@ -34,15 +34,22 @@ RECEIPT_TIMEOUT_S = 2.0
 # A client waits this long for an engine to take its request; a stream that lost its replica waits for a restart.
 SUBMIT_TIMEOUT_S = 10.0
 RESUME_TIMEOUT_S = 60.0
+# Where an idle service has no engine at all, a client waits for one to start: for its process, and the model's loading.
+COLD_START_TIMEOUT_S = 120.0
 
 T = TypeVar("T")
 
 
 class Dispatcher:
-    """All engines, as one. Lives on the ingress' event loop."""
+    """All engines, as one. Lives on the ingress' event loop.
 
-    def __init__(self, engines: DeploymentHandle[Any], metrics: IngressMetrics) -> None:
+    engines_sleep: there may be none, until a request comes.
+    """
+
+    def __init__(self, engines: DeploymentHandle[Any], metrics: IngressMetrics, *, engines_sleep: bool = False) -> None:
         self._engines = engines
+        self._engines_sleep = engines_sleep
+        self._submit_timeout_s = COLD_START_TIMEOUT_S if engines_sleep else SUBMIT_TIMEOUT_S
         self._metrics = metrics
         self._channel_id = uuid.uuid4().hex
         self._streams: dict[str, Stream] = {}
@@ -56,12 +63,19 @@ class Dispatcher:
     async def describe(self) -> EngineInfo:
         """What the engines can do; asked once. Raises `Unavailable` when none answers in time."""
         if self._info is None:
-            self._info = await self.probe(SUBMIT_TIMEOUT_S)
+            self._info = await self._ask(self._submit_timeout_s)
             self._prefixes.capacity_tokens = self._info.kv_cache_tokens
         return self._info
 
-    async def probe(self, timeout_s: float) -> EngineInfo:
-        """Ask an engine now. Raises `Unavailable` when none answers in time."""
+    async def probe(self, timeout_s: float) -> None:
+        """See whether an engine answers now; where they may sleep, nobody is woken by the question.
+
+        Raises `Unavailable` when none answers in time.
+        """
+        if not self._engines_sleep:
+            await self._ask(timeout_s)
+
+    async def _ask(self, timeout_s: float) -> EngineInfo:
         try:
             info: EngineInfo = await self._call(self._engines.describe, timeout_s=timeout_s)
         except Exception as error:
@@ -82,7 +96,7 @@ class Dispatcher:
         """
         generation = Generation(works, deadline=deadline, max_unread_tokens=max_unread_tokens, timed=timed)
         generation.on_overrun.append(lambda: self.abort(generation.streams))
-        await self._submit(generation.streams, SUBMIT_TIMEOUT_S)
+        await self._submit(generation.streams, self._submit_timeout_s)
         return generation
 
     async def receipt(self, stream: Stream) -> EngineReceipt | None:

@@ -19,7 +19,9 @@ from service.metrics import IngressMetrics
 class Ingress:
     """Raises `CheckpointError` when the directory's tokenizer or chat template cannot be read."""
 
-    def __init__(self, engines: DeploymentHandle[Any], model: str, model_name: str, door: Door) -> None:
+    def __init__(
+        self, engines: DeploymentHandle[Any], model: str, model_name: str, door: Door, engines_sleep: bool
+    ) -> None:
         self._door = door
         metrics = IngressMetrics(model_name)
         self._service = Service(
@@ -27,7 +29,7 @@ class Ingress:
             created=int(time.time()),
             tokenizer=Tokenizer.from_directory(Path(model)),
             chat_template=ChatTemplate.from_directory(Path(model)),
-            dispatcher=Dispatcher(engines, metrics),
+            dispatcher=Dispatcher(engines, metrics, engines_sleep=engines_sleep),
             metrics=metrics,
             limits=door.limits,
         )

@@ -12,6 +12,7 @@ from ray import serve
 from model.errors import CheckpointError, ConfigError, GrammarError, InvalidRequest
 from model.sampling.params import GrammarSpec
 from service.admission import Admission, backlog, unprefilled
+from service.autoscaling import Load
 from service.balance import RouteHint, Standing
 from service.channel import Accepted, Details, EngineInfo, Outbox, Output, Refused, Submission
 from service.metrics import EngineMetrics
@@ -157,6 +158,20 @@ class EngineReplica:
         stats = self._engine.stats
         pending = unprefilled([owner.request for owner in self._owners.values()])
         return Standing(stats.num_running, stats.num_waiting, pending, stats.kv_cache_usage)._asdict()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """How much there is to do here, asked by Serve every second: a `service.autoscaling.Load`."""
+        stats, blocks = self._engine.stats, self._engine.scheduler.blocks
+        pending = unprefilled([owner.request for owner in self._owners.values()])
+        return Load(
+            running=stats.num_running,
+            waiting=stats.num_waiting,
+            max_running=self._engine.config.max_num_seqs,
+            kv_usage=stats.kv_cache_usage,
+            pending_kv=pending / (blocks.num_blocks * self._engine.config.block_size),
+            pending_tokens=pending,
+            tokens_per_second=self._admission.tokens_per_second,
+        )._asdict()
 
     def check_health(self) -> None:
         """Raise when the engine thread is dead, so that Serve replaces this replica."""
