@@ -7,11 +7,13 @@ once. Ours, power of two choices, and affinity without load take the same reques
 
 import asyncio
 import json
+import os
 import random
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -20,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.conftest import STORYTELLER
 from tests.service.conftest import Running, free_port, stop
 
+ROOT = Path(__file__).parent.parent.parent
 ROUTERS = {
     "prefix affinity and load": "service.router:PinnedRouter",
     "power of two choices": "tests.service.baselines:PowerOfTwoRouter",
@@ -44,7 +47,9 @@ def launch(router: str) -> Running:
     """`attendant serve`, with this router."""
     port = free_port()
     words = ["serve", "--model", str(STORYTELLER), "--port", str(port), *OPTIONS]
-    process = subprocess.Popen([sys.executable, "-c", LAUNCH, router, *words], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", LAUNCH, router, *words]
+    # Serve's own processes import the baselines, too.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert process.stdout is not None
     banner = process.stdout.readline()
     assert "ready" in banner, banner
@@ -118,15 +123,15 @@ def measure(router: str) -> dict[str, Any]:
 
 def main() -> None:
     """A table, one router a line."""
-    results = {name: measure(router) for name, router in ROUTERS.items()}
-    columns = list(next(iter(results.values())))
-    print("| router | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
-    for name, row in results.items():
+    for number, (name, router) in enumerate(ROUTERS.items()):
+        row = measure(router)
+        if number == 0:
+            print("| router | " + " | ".join(row) + " |\n|---" + "|---" * len(row) + "|")
         cells = [
             f"{1000 * value:.0f} ms" if "TTFT" in key else f"{value:.1%}" if key == "hit rate" else str(value)
             for key, value in row.items()
         ]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ class FakeFleet:
         return EngineReceipt(queue=0.25, prefill=0.5, decode=None, weights_sha256="ab")
 
     async def _describe(self) -> EngineInfo:
+        while not self.replicas:  # as Serve does
+            await asyncio.sleep(0)
         return EngineInfo(max_model_len=64, capacity=16, kv_cache_tokens=4096)
 
     async def _channel(self, channel_id: str, pin: str) -> AsyncIterator[Any]:

@@ -175,3 +175,19 @@ async def test_a_reader_that_falls_too_far_behind_is_given_up_and_its_engine_wor
     await until(lambda: a.aborted)
     assert cut == [True]
     assert len(a.aborted) == 2
+
+
+async def test_engines_that_may_sleep_are_not_woken_to_see_whether_the_service_is_ready() -> None:
+    metrics, nobody = IngressMetrics("tiny"), FakeFleet()
+    await Dispatcher(nobody, metrics, engines_sleep=True).probe(0.01)  # type: ignore[arg-type]
+    with pytest.raises(Unavailable):
+        await Dispatcher(nobody, metrics).probe(0.01)  # type: ignore[arg-type]
+
+
+async def test_a_request_waits_longer_where_the_engines_may_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.dispatch.SUBMIT_TIMEOUT_S", 0.01)
+    fleet = FakeFleet()
+    dispatcher = Dispatcher(fleet, IngressMetrics("tiny"), engines_sleep=True)  # type: ignore[arg-type]
+    asyncio.get_running_loop().call_later(0.1, fleet.add, "late")
+    generation = await dispatcher.open([WORK])
+    assert generation.streams[0].replica_id == "late"

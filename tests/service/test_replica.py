@@ -14,6 +14,7 @@ from model.attention.weights import AttentionRequest
 from model.sampling.params import GrammarSpec, SamplingParams
 from model.text.tokenizer import Tokenizer
 from service import replica as replica_module
+from service.autoscaling import Load
 from service.balance import RouteHint, Standing
 from service.channel import Accepted, Output, Refused, Submission, Work
 from service.replica import EngineReplica, Queue
@@ -245,6 +246,17 @@ async def test_a_replica_says_how_it_stands(replica: EngineReplica) -> None:
     assert standing.is_full
     assert standing.pending_tokens == 2 * 40
     assert 0 < standing.kv_usage < 1
+
+
+async def test_a_replica_says_what_of_it_is_scarce(replica: EngineReplica) -> None:
+    assert Load(**replica.record_autoscaling_stats()).of_one(max_wait_s=2) == 0
+    for i in range(6):
+        await replica.submit("c", [submission(str(i), max_tokens=200, prompt=40)], RouteHint())
+    await until(lambda: Load(**replica.record_autoscaling_stats())[:2] == (4, 2))
+    load = Load(**replica.record_autoscaling_stats())
+    assert (load.max_running, load.pending_tokens, load.pending_kv) == (4, 80, 80 / 4096)
+    assert load.tokens_per_second > 0
+    assert load.of_one(max_wait_s=1e9) == 6 / 4
 
 
 async def test_a_dead_engine_ends_the_channels_and_fails_the_health_check(replica: EngineReplica) -> None:
