@@ -26,14 +26,14 @@ test: check coverage $(CLIENTS)/.clients
 	$(BIN)/python -m pytest $(ARGS)
 
 # What `make test` does a little of: kills, floods and hostile input, in full. It takes a while.
-faults: $(VENV)/.test
+faults: $(VENV)/.test $(VENV)/.trace
 	ATTENDANT_FAULTS=full $(BIN)/python -m pytest -m faults --timeout 1800 $(ARGS)
 
 coverage: $(VENV)/.test
 	$(BIN)/coverage run -m pytest --quiet tests/model/test_scheduler.py tests/invariants/test_scheduler_machine.py
 	$(BIN)/coverage report
 
-check: $(VENV)/.test $(VENV)/.train $(VENV)/.load
+check: $(VENV)/.test $(VENV)/.train $(VENV)/.load $(VENV)/.trace
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

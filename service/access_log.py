@@ -1,12 +1,12 @@
 """One line of JSON for each request: who asked, what became of it, how long it took. No text of prompts."""
 
-import json
 import logging
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from logging.handlers import WatchedFileHandler
 from typing import Any
+
+from service.logs import LineFile, json_line
 
 STDOUT = "-"
 
@@ -18,13 +18,12 @@ class AccessLog:
     """
 
     def __init__(self, path: str) -> None:
-        handler = logging.StreamHandler(sys.stdout) if path == STDOUT else WatchedFileHandler(path, encoding="utf-8")
+        handler = logging.StreamHandler(sys.stdout) if path == STDOUT else LineFile(path)
         self._handler: logging.Handler = handler
 
     def write(self, fields: Mapping[str, Any]) -> None:
         """One line. What is not known (None) is left out."""
-        known = {name: value for name, value in fields.items() if value is not None}
-        text = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **known}, ensure_ascii=False)
+        text = json_line({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields})
         self._handler.emit(logging.makeLogRecord({"msg": text}))
 
     def close(self) -> None:

@@ -129,4 +129,5 @@ def build(args: AppArgs) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
     )(serve.ingress()(Ingress))
     queue = Queue(args.max_waiting, args.max_backlog_tokens)
-    return ingress.bind(engines.bind(directory, name, args.engine_options, queue), directory, name, args, args.sleeps)
+    bound = engines.bind(directory, name, args.engine_options, queue, args.telemetry)
+    return ingress.bind(bound, directory, name, args, args.sleeps)

@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 from starlette.types import Scope
@@ -12,6 +12,13 @@ from starlette.types import Scope
 from service.errors import DeadlineExceeded
 from service.keys import ApiKey
 from service.quota import Quota
+from service.telemetry import Trail
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+    from service.api.schemas.sampling import GenerationFields
+    from service.receipt import EngineReceipt
 
 SCOPE_KEY = "attendant.call"
 
@@ -25,10 +32,17 @@ class Call:
     wants_receipt: whether the answer is to say where its time went. Then: admitted_at, when the engines were asked;
         detokenize_seconds, spent on turning tokens into text.
     log: what its line in the access log says beside the usual; logs_prompts: also what was asked.
+    trail: by what other processes know it; span: in its trace, where there is one; trace_response: by what a client
+        finds that.
+    asked, max_tokens: how it is to be generated, once that is known. first_token_at: when that had come.
+    fetch_receipt: asks the engine that answered for its part of the receipt; wants_timing: so that it has one.
     """
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
+        self.trail = Trail(request_id)
+        self.span: Span | None = None
+        self.trace_response: str | None = None
         self.arrived = time.perf_counter()
         self.deadline: float | None = None
         self.key: ApiKey | None = None
@@ -36,11 +50,28 @@ class Call:
         self.tenant = ""
         self.session = ""
         self.wants_receipt = False
+        self.wants_timing = False
+        self.fetch_receipt: Callable[[], Awaitable[EngineReceipt | None]] | None = None
+        self.asked: GenerationFields | None = None
+        self.max_tokens: int | None = None
         self.admitted_at = 0.0
+        self.first_token_at = 0.0
         self.detokenize_seconds = 0.0
         self.logs_prompts = False
         self.log: dict[str, Any] = {}
         self._reserved = 0
+        self._noted: EngineReceipt | None = None
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the engine is to note when it came to the request."""
+        return self.wants_receipt or self.wants_timing or self.trail.trace is not None
+
+    async def engine_receipt(self) -> "EngineReceipt | None":
+        """The engine's part of the receipt, asked for once; None where no engine was reached, or it is gone."""
+        if self._noted is None and self.fetch_receipt is not None:
+            self._noted = await self.fetch_receipt()
+        return self._noted
 
     @property
     def seconds_left(self) -> float | None:

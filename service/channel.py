@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from model.attention.weights import AttentionRequest, TokenAttention
 from model.sampling.params import GrammarSpec, SamplingParams
 from model.sampling.result import TokenLogprobs
+from service.telemetry import NO_TRAIL, Trail
 
 
 class Details(NamedTuple):
@@ -55,6 +56,7 @@ class Submission(NamedTuple):
     `output_ids` are tokens already emitted by a replica that died; `resumed` says that this is such a continuation,
     which is never refused for load: the client was already admitted. `seconds_left` until the client's deadline, if it
     has one: not a point in time, since clocks differ between machines. `timed`: the replica keeps a receipt.
+    `trail`: for its logs and traces.
     """
 
     request_id: str
@@ -63,6 +65,7 @@ class Submission(NamedTuple):
     resumed: bool
     seconds_left: float | None = None
     timed: bool = False
+    trail: Trail = NO_TRAIL
 
 
 class Accepted(NamedTuple):

@@ -13,9 +13,11 @@ from model.config import Device, Dtype
 from model.errors import AttendantError, ConfigError, InvalidRequest
 from service import __version__
 from service.cli_chat import ApiKey, chat
+from service.cli_doctor import doctor
 from service.cli_keys import keys
 from service.data_plane import DataPlane
 from service.hub import EMBEDDED, display_name, resolve
+from service.logs import LogFormat, LogLevel
 
 if TYPE_CHECKING:
     from service.autoscaling import Autoscaling
@@ -32,6 +34,7 @@ app = typer.Typer(
 )
 app.add_typer(keys)
 app.command()(chat)
+app.command()(doctor)
 console = Console(stderr=True, highlight=False)
 
 Model = Annotated[str, typer.Option(help="A model directory, or the id of one on the Hugging Face hub.")]
@@ -88,6 +91,23 @@ def serve(
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Write what was asked into the access log, too.")
     ] = False,
+    log_file: Annotated[
+        Path | None, typer.Option(help="A file for the log lines of all processes; else Ray keeps what each one says.")
+    ] = None,
+    log_format: Annotated[LogFormat, typer.Option(help="Lines for people, or objects for machines.")] = "text",
+    log_level: Annotated[
+        LogLevel, typer.Option(help="What is worth a line; info has one for each request.")
+    ] = "warning",
+    slow_request: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds after which a request gets a line with its phases.")
+    ] = None,
+    trace_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            envvar="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+            help="An OpenTelemetry collector that takes spans by OTLP over HTTP (needs the `trace` extra).",
+        ),
+    ] = None,
     limit: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE, one of the limits in service/limits.py; once for each.")
     ] = None,
@@ -96,6 +116,7 @@ def serve(
     from service.app import AppArgs
     from service.limits import Limits
     from service.serve import Address, run
+    from service.telemetry import Telemetry
 
     args = AppArgs(
         model=str(resolve(model)),
@@ -118,6 +139,13 @@ def serve(
         access_log=access_log if access_log in (None, "-") else str(Path(access_log).resolve()),
         log_prompts=log_prompts,
         limits=Limits.from_texts(limit or []),
+        telemetry=Telemetry.of(
+            log_file=str(log_file.resolve()) if log_file else None,
+            log_format=log_format,
+            log_level=log_level,
+            slow_request_seconds=slow_request,
+            trace_endpoint=trace_endpoint,
+        ),
     )
     run(args, Address(host, port), data_plane, allow_anonymous=allow_anonymous)
 

@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 from model.attention.weights import TokenAttention
@@ -184,6 +185,7 @@ class Completion:
             for choice in range(count):
                 params = fields.sampling(limit, sibling_seed(seed, choice))
                 works.append(Work(ids, params, grammar, priority, salt, fields.inspection, call.session_key))
+        call.asked, call.max_tokens = fields, works[0].params.max_tokens
         call.admitted_at = time.perf_counter()
         call.reserve(sum(map(len, prompts)) + sum(work.params.max_tokens for work in works))
         try:
@@ -192,14 +194,17 @@ class Completion:
                     works,
                     deadline=call.deadline,
                     max_unread_tokens=service.limits.max_unread_tokens,
-                    timed=call.wants_receipt,
+                    timed=call.is_timed,
+                    trail=call.trail,
                 )
         except BaseException:
             call.settle(0)
             raise
+        call.fetch_receipt = partial(service.dispatcher.receipt, generation.streams[0])
         completion = cls(service, generation, prompts, fields, call, empty=max_tokens == 0)
         try:
             completion._first = await completion._next()
+            call.first_token_at = time.perf_counter()
             completion._raise_first_error(completion._first)
         except BaseException:
             completion.close()
@@ -251,9 +256,8 @@ class Completion:
         """What an answer says at its end, as far as it was asked for: `usage`, `receipt`."""
         ending: dict[str, object] = {"usage": self.usage()} if with_usage else {}
         if self.call.wants_receipt:
-            stream = self._generation.streams[0]
-            noted = await self._service.dispatcher.receipt(stream)
-            ending["receipt"] = write_receipt(self.call, noted, self._num_cached_tokens(), stream.resumes)
+            noted, resumes = await self.call.engine_receipt(), self._generation.streams[0].resumes
+            ending["receipt"] = write_receipt(self.call, noted, self._num_cached_tokens(), resumes)
         return ending
 
     def close(self) -> None:
@@ -270,6 +274,7 @@ class Completion:
             cached_tokens=self._num_cached_tokens(),
             completion_tokens=num_generated,
             finish_reasons=[choice.finish_reason for choice in self._choices],
+            resumes=max(stream.resumes for stream in self._generation.streams) or None,
         )
 
     @property

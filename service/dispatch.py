@@ -24,6 +24,7 @@ from service.metrics import IngressMetrics
 from service.receipt import EngineReceipt
 from service.router import ReplicaGone
 from service.streams import Generation, Stream
+from service.telemetry import NO_TRAIL, Trail
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +90,13 @@ class Dispatcher:
         deadline: float | None = None,
         max_unread_tokens: int | None = None,
         timed: bool = False,
+        trail: Trail = NO_TRAIL,
     ) -> Generation:
         """Start one stream for each of `works`; `Generation` tells of the rest.
 
         Raises `InvalidRequest`, `Overloaded` or `Unavailable`; then nothing runs.
         """
-        generation = Generation(works, deadline=deadline, max_unread_tokens=max_unread_tokens, timed=timed)
+        generation = Generation(works, deadline=deadline, max_unread_tokens=max_unread_tokens, timed=timed, trail=trail)
         generation.on_overrun.append(lambda: self.abort(generation.streams))
         await self._submit(generation.streams, self._submit_timeout_s)
         return generation

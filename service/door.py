@@ -3,6 +3,7 @@
 from pydantic import BaseModel, ConfigDict
 
 from service.limits import Limits
+from service.telemetry import Telemetry
 
 
 class Door(BaseModel):
@@ -15,6 +16,7 @@ class Door(BaseModel):
     access_log: a file that gets one line of JSON for each request, or "-" for the standard output of the ingress.
         log_prompts: with what was asked.
     limits: what one client may ask for.
+    telemetry: where logs and traces go, and what is worth a line.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -25,3 +27,4 @@ class Door(BaseModel):
     access_log: str | None = None
     log_prompts: bool = False
     limits: Limits = Limits()
+    telemetry: Telemetry = Telemetry()

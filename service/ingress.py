@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from model.text.chat_template import ChatTemplate
@@ -13,6 +14,7 @@ from service.api.routes import create_api
 from service.completion import Service
 from service.dispatch import Dispatcher
 from service.door import Door
+from service.logs import install
 from service.metrics import IngressMetrics
 
 
@@ -23,6 +25,9 @@ class Ingress:
         self, engines: DeploymentHandle[Any], model: str, model_name: str, door: Door, engines_sleep: bool
     ) -> None:
         self._door = door
+        instance = serve.get_replica_context().replica_id.unique_id
+        install(door.telemetry, f"ingress/{instance}", quotes_errors=door.log_prompts)
+        self._tracer = door.telemetry.tracer(instance)
         metrics = IngressMetrics(model_name)
         self._service = Service(
             model_name=model_name,
@@ -43,7 +48,9 @@ class Ingress:
         self._service.dispatcher.close()
         if self._service.chat_template is not None:
             self._service.chat_template.close()
+        if self._tracer is not None:
+            self._tracer.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once the constructor is through."""
-        return create_api(self._service, self._door)
+        return create_api(self._service, self._door, self._tracer)

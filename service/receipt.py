@@ -25,16 +25,22 @@ class EngineReceipt(NamedTuple):
 
 
 class Timing:
-    """When an engine came to the choices of one request, on `time.perf_counter`'s clock."""
+    """When an engine came to the choices of one request, on `time.perf_counter`'s clock.
+
+    num_open: of its choices, those that are not over; num_tokens: of all of them.
+    """
 
     def __init__(self) -> None:
+        self.num_open = 0
+        self.num_tokens = 0
         self.accepted_at = time.perf_counter()
         self.started_at: float | None = None
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
 
-    def token(self) -> None:
-        """A token has come."""
+    def token(self, count: int) -> None:
+        """So many tokens have come."""
+        self.num_tokens += count
         self.last_token_at = time.perf_counter()
         if self.first_token_at is None:
             self.first_token_at = self.last_token_at

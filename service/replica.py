@@ -1,6 +1,7 @@
 """An engine replica: the engine in its own thread, and this process' ends of the channels to the ingresses."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncGenerator
@@ -15,13 +16,18 @@ from service.admission import Admission, backlog, unprefilled
 from service.autoscaling import Load
 from service.balance import RouteHint, Standing
 from service.channel import Accepted, Details, EngineInfo, Outbox, Output, Refused, Submission
+from service.logs import fields, install
 from service.metrics import EngineMetrics
 from service.receipt import EngineReceipt, Timing, WeightsDigest
+from service.telemetry import Telemetry, Trail
 
 if TYPE_CHECKING:
     from model.engine.request import Request, TokenOutput
     from model.engine.stats import StepStats
     from model.sampling.grammar import Grammar, GrammarCompiler
+    from service.tracing import Tracer
+
+logger = logging.getLogger(__name__)
 
 WATCH_PERIOD_S = 0.5
 # An ingress pings every 2 s. One that has been silent for this long is gone: when an ingress is killed, Ray lets its
@@ -43,6 +49,7 @@ class Owner(NamedTuple):
     outbox: Outbox
     request: "Request"
     timing: Timing | None
+    trail: Trail
 
 
 class EngineReplica:
@@ -51,7 +58,14 @@ class EngineReplica:
     Raises `CheckpointError` or `ConfigError` when the model cannot be loaded.
     """
 
-    def __init__(self, model: str, model_name: str, engine_options: dict[str, Any], queue: Queue) -> None:
+    def __init__(
+        self,
+        model: str,
+        model_name: str,
+        engine_options: dict[str, Any],
+        queue: Queue,
+        telemetry: Telemetry | None = None,
+    ) -> None:
         # torch is imported here and not above: an ingress reads this module too, and does without torch's 200 MB.
         from model.config import EngineConfig
         from model.engine.engine import Engine
@@ -66,6 +80,10 @@ class EngineReplica:
         self._admission = Admission(config.max_num_seqs, self._capacity, max_tokens)
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._metrics = EngineMetrics(model_name, self._replica_id)
+        self._tracer: Tracer | None = None
+        if telemetry is not None:  # this process is ours alone
+            install(telemetry, f"engine/{self._replica_id}", quotes_errors=True)  # it knows no text
+            self._tracer = telemetry.tracer(self._replica_id)
         self._outboxes: dict[str, Outbox] = {}
         self._owners: dict[str, Owner] = {}
         self._weights = WeightsDigest(self._model)
@@ -91,10 +109,13 @@ class EngineReplica:
         """
         if not self._loop.is_alive:
             return Refused(self._replica_id, "failed", f"the engine stopped: {self._loop.failure}")
-        timing = Timing() if submissions and submissions[0].timed else None
+        timed = bool(submissions) and submissions[0].timed
+        timing = Timing() if timed or logger.isEnabledFor(logging.INFO) else None
         unfinished = [owner.request for owner in self._owners.values()]
         if refusal := self._admission.refusal(unfinished, len(self._compiling), submissions):
             self._metrics.refused(refusal.reason)
+            if submissions:
+                logger.info("refused: %s", refusal.reason, extra=fields(request_id=submissions[0].trail.request_id))
             return Refused(self._replica_id, "overloaded", refusal.message, retry_after_s=refusal.retry_after_s)
         try:
             submissions, grammars = await self._compile(submissions)
@@ -113,7 +134,7 @@ class EngineReplica:
                 return Refused(self._replica_id, "invalid", str(error), param=error.param)
             started.append(submission.request_id)
             leaders.setdefault(prompt, request)
-        if timing is not None and started:
+        if timing is not None and timed and started:
             self._timings[started[0]] = timing
             if len(self._timings) > MAX_TIMINGS:
                 del self._timings[next(iter(self._timings))]
@@ -123,8 +144,7 @@ class EngineReplica:
         """Forget these requests and free their blocks; ids that are unknown or finished are fine."""
         self._compiling.difference_update(request_ids)
         for request_id in request_ids:
-            if owner := self._owners.pop(request_id, None):
-                owner.outbox.request_ids.discard(request_id)
+            self._let_go(request_id, "abort")
         self._loop.abort(request_ids)
 
     async def channel(self, channel_id: str, pin: str) -> AsyncGenerator[list[Output], None]:
@@ -183,6 +203,8 @@ class EngineReplica:
             loop.stop()
             if self._compiler is not None:
                 self._compiler.close()
+            if self._tracer is not None:
+                self._tracer.close()
 
     async def _compile(self, submissions: list[Submission]) -> "tuple[list[Submission], dict[GrammarSpec, Grammar]]":
         """The grammars that `submissions` need, and those submissions that were not aborted meanwhile.
@@ -241,17 +263,35 @@ class EngineReplica:
         except GrammarError as error:
             raise InvalidRequest(f"what was said so far cannot go on here: {error}") from error
         # Owned before it is started: the first output may come before `submit` returns.
-        self._owners[submission.request_id] = Owner(outbox, request, timing)
+        self._owners[submission.request_id] = Owner(outbox, request, timing, submission.trail)
         if timing is not None:
+            timing.num_open += 1
             self._unstarted[request] = timing
         outbox.request_ids.add(submission.request_id)
         try:
             self._loop.submit(request)
         except InvalidRequest:
-            del self._owners[submission.request_id]
-            outbox.request_ids.discard(submission.request_id)
+            self._let_go(submission.request_id, "invalid")
             raise
         return request
+
+    def _let_go(self, request_id: str, reason: str) -> None:
+        """A choice is over, or nobody wants it any more. With the last one of a request its story can be told."""
+        owner = self._owners.pop(request_id, None)
+        if owner is None:
+            return
+        owner.outbox.request_ids.discard(request_id)
+        if reason == "error":
+            logger.error("the engine failed on this request", extra=fields(request_id=owner.trail.request_id))
+        if (timing := owner.timing) is None:
+            return
+        timing.num_open -= 1
+        if timing.num_open == 0:
+            seconds = timing.receipt("")
+            about = {"queue": seconds.queue, "prefill": seconds.prefill, "decode": seconds.decode}
+            logger.info("done", extra=fields(request_id=owner.trail.request_id, tokens=timing.num_tokens, **about))
+            if self._tracer is not None:
+                self._tracer.phases(timing, owner.trail, failed=reason == "error")
 
     def _outbox(self, channel_id: str) -> Outbox:
         if self._watch is None:
@@ -293,13 +333,12 @@ class EngineReplica:
                 continue
             outbox = owner.outbox
             if owner.timing is not None and output.token_ids:
-                owner.timing.token()
+                owner.timing.token(len(output.token_ids))
             by_outbox.setdefault(outbox, []).append(
                 (output.request_id, output.token_ids, output.finish_reason, output.num_cached_tokens, _details(output))
             )
             if output.finish_reason is not None:
-                del self._owners[output.request_id]
-                outbox.request_ids.discard(output.request_id)
+                self._let_go(output.request_id, output.finish_reason)
         for outbox, own in by_outbox.items():
             outbox.put(own)
 

@@ -53,6 +53,7 @@ def run(args: "AppArgs", address: Address, data_plane: DataPlane, *, allow_anony
     """Serve until SIGINT or SIGTERM. Raises `StartError` when it cannot start, `ConfigError` for the file of keys."""
     check_port(address)
     check_keys(args.api_keys_file, address, allow_anonymous=allow_anonymous)
+    args.telemetry.check()
     preflight = Preflight(Path(args.model), args.engine_options)  # beside Ray's start, which takes longer
     _heed_signals()
     # Stop ends it all: while it starts at once, while it serves in order, and a second one at once again.
@@ -62,7 +63,7 @@ def run(args: "AppArgs", address: Address, data_plane: DataPlane, *, allow_anony
         _ray(data_plane, Path(scratch), args.drain_seconds),
     ):
         preflight.finish()
-        _start(address)
+        _start(args, address)
         _deploy(args)
         print(_welcome(args, address), flush=True)
         try:
@@ -133,14 +134,18 @@ def _ray(data_plane: DataPlane, scratch: Path, drain_seconds: float) -> Iterator
         ray.shutdown()
 
 
-def _start(address: Address) -> None:
+def _start(args: "AppArgs", address: Address) -> None:
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        serve.start(http_options={"host": address.host, "port": address.port}, logging_config={"log_level": "WARNING"})
+        serve.start(http_options={"host": address.host, "port": address.port}, logging_config=_logs_of_serve(args))
     except Exception as error:
         raise StartError(f"the service did not start: {_cause(str(error))}") from None
+
+
+def _logs_of_serve(args: "AppArgs") -> dict[str, str]:
+    return {"log_level": "WARNING", "encoding": args.telemetry.log_format.upper()}
 
 
 def _deploy(args: "AppArgs") -> None:
@@ -150,7 +155,7 @@ def _deploy(args: "AppArgs") -> None:
     from service.app import build
 
     try:
-        serve.run(build(args), name=APP_NAME, logging_config={"log_level": "WARNING"})
+        serve.run(build(args), name=APP_NAME, logging_config=_logs_of_serve(args))
     except Exception as error:
         raise StartError(f"the service did not start: {_cause(_deployment_messages() or str(error))}") from None
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from service.affinity import Visit
 from service.channel import Details, Submission, Work
 from service.errors import DeadlineExceeded, ServiceError
+from service.telemetry import NO_TRAIL, Trail
 
 
 class Piece(NamedTuple):
@@ -27,7 +28,13 @@ class Stream:
     """A journal and its way back to the client. It may move from replica to replica; the client does not see it."""
 
     def __init__(
-        self, choice: int, work: Work, deadline: float | None, timed: bool, tell: Callable[[Piece], None]
+        self,
+        choice: int,
+        work: Work,
+        deadline: float | None,
+        timed: bool,
+        trail: Trail,
+        tell: Callable[[Piece], None],
     ) -> None:
         self.work = work
         self.journal: list[int] = []
@@ -38,6 +45,7 @@ class Stream:
         self._choice = choice
         self._deadline = deadline
         self._timed = timed
+        self._trail = trail
         self._tell = tell
         self._name = uuid.uuid4().hex
         self._attempt = 0
@@ -52,7 +60,9 @@ class Stream:
         self._attempt += 1
         self.replica_id = self.visit = None
         left = None if self._deadline is None else self._deadline - time.monotonic()
-        return Submission(self.request_id, self.work, list(self.journal), self.resumes > 0, left, self._timed)
+        return Submission(
+            self.request_id, self.work, list(self.journal), self.resumes > 0, left, self._timed, self._trail
+        )
 
     def receive(
         self, token_ids: list[int], finish_reason: str | None, num_cached_tokens: int, details: Details | None
@@ -75,7 +85,7 @@ class Generation:
     """The streams of one HTTP request, and the queue in which their pieces meet. One stream is one choice.
 
     deadline: on `time.monotonic`'s clock. max_unread_tokens: of each choice; whoever does not take them in time is
-    given up, and `on_overrun` called, once. timed: the replicas keep a receipt.
+    given up, and `on_overrun` called, once. timed: the replicas keep a receipt. trail: for their logs and traces.
     """
 
     def __init__(
@@ -85,10 +95,11 @@ class Generation:
         deadline: float | None = None,
         max_unread_tokens: int | None = None,
         timed: bool = False,
+        trail: Trail = NO_TRAIL,
     ) -> None:
         self.on_overrun: list[Callable[[], object]] = []
         self.is_overrun = False
-        self.streams = [Stream(i, work, deadline, timed, self._put) for i, work in enumerate(works)]
+        self.streams = [Stream(i, work, deadline, timed, trail, self._put) for i, work in enumerate(works)]
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self._unread = 0
         self._max_unread = math.inf if max_unread_tokens is None else max_unread_tokens * len(works)

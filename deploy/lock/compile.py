@@ -1,6 +1,6 @@
 """Writes the lock files beside it: every package of an install, pinned. Run it by `make lock` after editing pyproject.
 
-`serve.txt` is what serving needs; `train.txt`, `load.txt` and `test.txt` add their extra to it and hold what is new.
+`serve.txt` is what serving needs; the files of other extras add theirs to it and hold what is new.
 `peers.txt` stands alone: the engines that we are compared with live in a Python of their own. So do the clients of
 `clients.txt`, which want other versions of what the tests have; what both can share, torch above all, is not in it.
 """
@@ -47,7 +47,7 @@ def main() -> None:
     write("serve", serve)
     extras = project["optional-dependencies"]
     pinned = dict(serve)
-    for name in ("train", "load", "test"):
+    for name in ("train", "load", "trace", "test"):
         pins = resolve([*project["dependencies"], *extras[name]], pinned)
         write(name, {package: pins[package] for package in pins.keys() - serve.keys()}, includes=("serve",))
         pinned |= pins

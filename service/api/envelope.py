@@ -1,22 +1,23 @@
-"""Around every request: its id, its count, its line in the log, and an honest 500 for what nobody foresaw."""
+"""Around every request: its id, its count, its entry in the book, and an honest 500 for what nobody foresaw."""
 
 import logging
 import re
-import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.errors import InvalidRequest
-from service.access_log import AccessLog
 from service.api.errors import error_response
 from service.call import Call, attach
+from service.logs import current_request
 from service.metrics import IngressMetrics
+from service.request_book import RequestBook
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
+TRACE_RESPONSE = "traceresponse"
 SANE_ID = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
 INSANE_ID = InvalidRequest(f"the header {REQUEST_ID} must match {SANE_ID.pattern}", param=REQUEST_ID)
 
@@ -24,10 +25,10 @@ INSANE_ID = InvalidRequest(f"the header {REQUEST_ID} must match {SANE_ID.pattern
 class Envelope:
     """The outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp, metrics: IngressMetrics, log: AccessLog | None) -> None:
+    def __init__(self, app: ASGIApp, metrics: IngressMetrics, book: RequestBook) -> None:
         self._app = app
         self._metrics = metrics
-        self._log = log
+        self._book = book
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI call."""
@@ -38,6 +39,8 @@ class Envelope:
         sane = given is None or SANE_ID.fullmatch(given) is not None
         call = Call(given if given is not None and sane else uuid.uuid4().hex)
         attach(scope, call)
+        current_request.set(call.request_id)
+        self._book.open(scope, call)
         status = 0
 
         async def send_counted(message: Message) -> None:
@@ -47,6 +50,8 @@ class Envelope:
                 self._metrics.responded(_route(scope), status)
                 if given is None:
                     MutableHeaders(scope=message)[REQUEST_ID] = call.request_id
+                if call.trace_response is not None:
+                    MutableHeaders(scope=message)[TRACE_RESPONSE] = call.trace_response
             await send(message)
 
         try:
@@ -55,22 +60,12 @@ class Envelope:
             else:
                 await error_response(INSANE_ID)(scope, receive, send_counted)
         except Exception as error:
-            logger.exception("request %s failed", call.request_id)
+            call.failed(error)
+            logger.exception("a request failed")
             if not status:
                 await error_response(error)(scope, receive, send_counted)
         finally:
-            if self._log is not None:
-                self._log.write(
-                    {
-                        "request_id": call.request_id,
-                        "key": call.key and call.key.name,
-                        "method": scope["method"],
-                        "route": _route(scope),
-                        "status": status or None,  # none: the client left before there was one
-                        "seconds": round(time.perf_counter() - call.arrived, 6),
-                        **call.log,
-                    }
-                )
+            self._book.close(scope, call, _route(scope), status)
 
 
 def _route(scope: Scope) -> str:

@@ -1,6 +1,7 @@
 """The whole HTTP application: the routes, what surrounds them, and the document that describes them."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -9,14 +10,18 @@ from service import __version__
 from service.access_log import AccessLog
 from service.api import chat, completions, document, errors, operations, responses, tokens
 from service.api.document import describe_api
-from service.api.envelope import REQUEST_ID, Envelope
+from service.api.envelope import REQUEST_ID, TRACE_RESPONSE, Envelope
 from service.api.gate import DEADLINE_HEADER, SESSION_HEADER, Gate
 from service.completion import Service
 from service.door import Door
 from service.keys import KeyRing
+from service.request_book import RequestBook
+
+if TYPE_CHECKING:
+    from service.tracing import Tracer
 
 
-def create_api(service: Service, door: Door) -> FastAPI:
+def create_api(service: Service, door: Door, tracer: "Tracer | None" = None) -> FastAPI:
     """The application for one service. It knows nothing of Ray beyond the dispatcher.
 
     Raises `ConfigError` for a file of keys that cannot be read.
@@ -34,10 +39,15 @@ def create_api(service: Service, door: Door) -> FastAPI:
             CORSMiddleware,
             allow_origins=door.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", REQUEST_ID, DEADLINE_HEADER, SESSION_HEADER],
-            expose_headers=[REQUEST_ID, "retry-after"],
+            allow_headers=[
+                *("authorization", "content-type", "traceparent", "tracestate"),
+                *(REQUEST_ID, DEADLINE_HEADER, SESSION_HEADER),
+            ],
+            expose_headers=[REQUEST_ID, "retry-after", TRACE_RESPONSE],
         )
     log = AccessLog(door.access_log) if door.access_log else None
-    api.add_middleware(Envelope, metrics=service.metrics, log=log)
+    slow_seconds = door.telemetry.slow_request_seconds
+    book = RequestBook(service.model_name, log, tracer, slow_seconds)
+    api.add_middleware(Envelope, metrics=service.metrics, book=book)
     api.state.document = describe_api(api)
     return api

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from service.door import Door
 from service.limits import Limits
 from service.metrics import IngressMetrics
 from service.replica import EngineReplica, Queue
+from service.tracing import Tracer
 from tests.conftest import write_llama
 from tests.service.fakes import LocalFleet
 
@@ -154,17 +156,32 @@ async def live(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, max_num_seqs: int
 ) -> AsyncIterator[httpx.AsyncClient]:
     """The HTTP application over a real engine, all in this process, without Ray."""
+    async with in_process(tiny_model, monkeypatch, Door(), max_num_seqs=max_num_seqs) as (client, _):
+        yield client
+
+
+@asynccontextmanager
+async def in_process(
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    door: Door,
+    *,
+    max_num_seqs: int = 8,
+    tracers: tuple[Tracer | None, Tracer | None] = (None, None),
+) -> AsyncIterator[tuple[httpx.AsyncClient, EngineReplica]]:
+    """The same, with a door; tracers: of the ingress and of the engine."""
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
     monkeypatch.setattr(replica_module.serve, "get_replica_context", lambda: context)
     options = ENGINE_OPTIONS | {"max_num_seqs": max_num_seqs}
     replica = EngineReplica(str(tiny_model), "tiny", options, Queue(max_waiting=64))
+    replica._tracer = tracers[1]
     metrics = IngressMetrics("tiny")
     dispatcher = Dispatcher(LocalFleet(replica), metrics)  # type: ignore[arg-type]
     template = ChatTemplate.from_directory(tiny_model)
     service = Service("tiny", 0, Tokenizer.from_directory(tiny_model), template, dispatcher, metrics, Limits())
-    transport = httpx.ASGITransport(create_api(service, Door()))
+    transport = httpx.ASGITransport(create_api(service, door, tracers[0]))
     async with httpx.AsyncClient(transport=transport, base_url="http://attendant", timeout=60) as client:
-        yield client
+        yield client, replica
     dispatcher.close()
     replica.__del__()
 

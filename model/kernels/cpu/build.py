@@ -49,6 +49,11 @@ def build(extra_flags: Sequence[str] = ()) -> Path:
     return _built(name) or _compile(compiler, units, extra_flags, _writable() / name)
 
 
+def find_built() -> Path | None:
+    """The library of these sources, by whichever compiler, if it is there; nothing is compiled."""
+    return _built(f"step-{_fingerprint(compilation_units(), ())}-*.so")
+
+
 def _built(pattern: str) -> Path | None:
     return next((file for directory in DIRECTORIES for file in directory.glob(pattern)), None)
 
