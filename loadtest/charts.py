@@ -58,6 +58,7 @@ def chart(
     x: str,
     y: str,
     log_x: bool = False,
+    x_from_zero: bool = False,
     marks: Sequence[tuple[float, str]] = (),
 ) -> str:
     """An SVG element. x, y: labels of the axes. marks: vertical lines with their words. Empty without any point."""
@@ -66,7 +67,7 @@ def chart(
     if not points:
         return ""
     xs = [px for px, _ in points] + [at for at, _ in marks]
-    across = _axis(x, xs, log_x, (LEFT, WIDTH - RIGHT), from_zero=False)
+    across = _axis(x, xs, log_x, (LEFT, WIDTH - RIGHT), from_zero=x_from_zero)
     up = _axis(y, [py for _, py in points], False, (HEIGHT - BOTTOM, TOP), from_zero=True)
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',

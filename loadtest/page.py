@@ -23,7 +23,8 @@ body{font:15px/1.45 system-ui,sans-serif;color:var(--ink);background:var(--paper
 padding:24px}
 h1{font-size:22px;margin:0}h2{font-size:16px;margin:32px 0 8px}p{margin:4px 0;color:var(--dim)}
 .good{color:var(--good)}.bad{color:var(--bad)}
-.tiles,.charts{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));margin:16px 0}
+.tiles,.charts{display:grid;gap:12px;margin:16px 0}
+.tiles{grid-template-columns:repeat(auto-fill,minmax(240px,1fr))}
 .charts{grid-template-columns:repeat(auto-fit,minmax(420px,1fr))}
 .tiles div,.charts>svg{border:1px solid var(--line);border-radius:8px;padding:10px}
 .tiles b{display:block;font-size:22px;font-weight:600}.tiles span{color:var(--dim);font-size:13px}
@@ -161,7 +162,7 @@ def _charts(run: "Run", summary: Mapping[str, Any]) -> list[str]:
     def distribution(*metrics: str) -> list[Series]:
         found = [(metric, run.results.histogram(metric).cumulative()) for metric in metrics]
         return [
-            Series(metric.upper(), [(1e3 * value, 100 * share) for value, share in points], "steps")
+            Series(metric.upper(), [(1e3 * points[0][0], 0.0), *((1e3 * v, 100 * s) for v, s in points)], "steps")
             for metric, points in found
             if points
         ]
@@ -183,8 +184,8 @@ def _charts(run: "Run", summary: Mapping[str, Any]) -> list[str]:
     against = [(rate, point[1]) for (_, rate), point in zip(sent, ttft[0].points, strict=True)]
     at, ms, share = "seconds since the warm-up", "milliseconds", "% of all"
     return [
-        chart("Time to first token", ttft, x=at, y=ms),
-        chart("Time per output token", over_time("tpot"), x=at, y=ms),
+        chart("Time to first token", ttft, x=at, y=ms, x_from_zero=True),
+        chart("Time per output token", over_time("tpot"), x=at, y=ms, x_from_zero=True),
         chart("Distribution of TTFT and E2E", distribution("ttft", "e2e"), x=ms, y=share, log_x=True),
         chart("Distribution of TPOT and ITL", distribution("tpot", "itl"), x=ms, y=share, log_x=True),
         chart(
@@ -192,10 +193,11 @@ def _charts(run: "Run", summary: Mapping[str, Any]) -> list[str]:
             [Series("sent", sent), Series("ended", each_second(lambda record: record.ended))],
             x=at,
             y="requests/s",
+            x_from_zero=True,
         ),
         chart("Rate against TTFT", [Series("p50", against, "dots")], x="requests/s sent", y=ms),
-        chart("The server's queue", [gauge("running"), gauge("waiting")], x=at, y="requests"),
-        chart("The server's KV cache", [gauge("cache")], x=at, y="share in use"),
+        chart("The server's queue", [gauge("running"), gauge("waiting")], x=at, y="requests", x_from_zero=True),
+        chart("The server's KV cache", [gauge("cache")], x=at, y="share in use", x_from_zero=True),
     ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_results import record
 
-from loadtest.charts import Series, chart
+from loadtest.charts import BOTTOM, HEIGHT, Series, chart
 from loadtest.health import Health
 from loadtest.plan import Plan
 from loadtest.report import Run, summarize, write
@@ -159,6 +159,24 @@ def test_a_chart_puts_its_points_where_they_belong():
     assert y1 == pytest.approx((y0 + y2) / 2, abs=0.1)
     assert x2 > x0
     assert y2 < y0  # up is less
+
+
+def test_an_axis_of_time_begins_at_zero_where_it_is_asked_to():
+    def ticks(**options: bool) -> list[str]:
+        svg = chart("t", [Series("a", [(5, 1), (30, 2)])], x="x", y="y", **options)
+        return re.findall(r'class="tick middle" x="[\d.]+" y="235">([\d.]+)<', svg)
+
+    assert ticks(x_from_zero=True)[0] == "0"
+    assert ticks()[0] != "0"
+
+
+def test_a_distribution_rises_from_nothing_at_its_shortest_value(tmp_path: Path):
+    run = make_run(one_a_second())
+    write(run, summarize(run), tmp_path / "run.json")
+    svg = (tmp_path / "run.html").read_text().split('aria-label="Distribution of TTFT and E2E"')[1].split("</svg>")[0]
+    lines = svg.split('class="series')[1:]
+    heights = [float(y) for line in lines for y in re.findall(r'd="M[\d.]+ ([\d.]+)H', line)]
+    assert heights == [HEIGHT - BOTTOM] * 2
 
 
 def test_a_line_breaks_where_there_is_no_value():
