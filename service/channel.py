@@ -79,11 +79,12 @@ class Refused:
     """None of the submissions was taken, and why.
 
     A value, not an exception: it crosses the hop whole, and Serve logs no traceback for a client's mistake.
-    `kind`: "invalid" (never can be served), "overloaded" (not now), "failed" (this replica's engine is dead).
+    `kind`: "invalid" (never can be served), "overloaded" (not now), "full" (nothing else now either), "failed" (this
+    replica's engine is dead).
     """
 
     replica_id: str
-    kind: Literal["invalid", "overloaded", "failed"]
+    kind: Literal["invalid", "overloaded", "full", "failed"]
     message: str
     param: str | None = None
     retry_after_s: int = 1

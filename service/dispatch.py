@@ -20,6 +20,7 @@ from service.affinity import Prefix, PrefixIndex
 from service.balance import RouteHint
 from service.channel import Accepted, EngineInfo, Output, Refused, Work
 from service.errors import Overloaded, ServiceError, Unavailable
+from service.fullness import Fullness
 from service.metrics import IngressMetrics
 from service.receipt import EngineReceipt
 from service.router import ReplicaGone
@@ -58,6 +59,7 @@ class Dispatcher:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._out_of_order: set[str] = set()  # replicas whose engine is dead, until Serve has replaced them
         self._prefixes = PrefixIndex()
+        self._fullness = Fullness()
         self._info: EngineInfo | None = None
         self._expositions: list[str] = []
 
@@ -96,6 +98,7 @@ class Dispatcher:
 
         Raises `InvalidRequest`, `Overloaded` or `Unavailable`; then nothing runs.
         """
+        self._fullness.check(self._pumps)
         generation = Generation(works, deadline=deadline, max_unread_tokens=max_unread_tokens, timed=timed, trail=trail)
         generation.on_overrun.append(lambda: self.abort(generation.streams))
         await self._submit(generation.streams, self._submit_timeout_s)
@@ -147,6 +150,7 @@ class Dispatcher:
                 if isinstance(answer, Accepted):
                     return self._accepted(streams, answer.replica_id)
                 if answer.kind != "failed":
+                    self._fullness.note(answer)
                     raise _as_error(answer)
                 self._out_of_order.add(answer.replica_id)
             await asyncio.sleep(RETRY_PERIOD_S)
@@ -235,6 +239,7 @@ class Dispatcher:
                 continue
             if finish_reason is not None:
                 del self._streams[request_id]
+                self._fullness.left(stream.replica_id)
             stream.receive(token_ids, finish_reason, num_cached_tokens, details)
             if stream.visit is not None:
                 if stream.visit.uncached:

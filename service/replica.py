@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ray import serve
 
@@ -116,7 +116,9 @@ class EngineReplica:
             self._metrics.refused(refusal.reason)
             if submissions:
                 logger.info("refused: %s", refusal.reason, extra=fields(request_id=submissions[0].trail.request_id))
-            return Refused(self._replica_id, "overloaded", refusal.message, retry_after_s=refusal.retry_after_s)
+            one_too_many = refusal.reason == "requests" and len(submissions) == 1
+            kind: Literal["full", "overloaded"] = "full" if one_too_many else "overloaded"
+            return Refused(self._replica_id, kind, refusal.message, retry_after_s=refusal.retry_after_s)
         try:
             submissions, grammars = await self._compile(submissions)
         except InvalidRequest as error:

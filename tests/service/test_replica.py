@@ -117,8 +117,15 @@ async def test_a_full_replica_refuses_and_starts_nothing(replica: EngineReplica)
     await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(6)], RouteHint())
     refused = await replica.submit("c", [submission("late")], RouteHint())
     assert isinstance(refused, Refused)
-    assert refused.kind == "overloaded"
+    assert refused.kind == "full"
     assert "late" not in replica._owners
+
+
+async def test_what_needs_several_places_does_not_call_the_replica_full(replica: EngineReplica) -> None:
+    await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(5)], {})
+    refused = await replica.submit("c", [submission("one"), submission("two")], {})
+    assert isinstance(refused, Refused)
+    assert refused.kind == "overloaded"
 
 
 async def test_a_refusal_for_load_says_when_to_come_back_and_why(replica: EngineReplica) -> None:
