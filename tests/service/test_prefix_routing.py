@@ -1,14 +1,20 @@
 """The dispatcher's part in routing: what it tells the router, and what it learns from what comes back."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from model.sampling.params import SamplingParams
+from service import replica as replica_module
 from service.affinity import BLOCK_TOKENS as B
+from service.affinity import Prefix
 from service.channel import Refused, Work
+from service.replica import EngineReplica, Queue
 from service.streams import Generation
-from tests.service.fakes import FakeFleet
+from tests.service.fakes import FakeFleet, LocalFleet
 from tests.service.test_dispatch import dispatcher_for, tokens, until
 
 pytestmark = pytest.mark.fast
@@ -18,6 +24,17 @@ PARAMS = SamplingParams(max_tokens=8, seed=1)
 
 def work(first: int, blocks: int = 4, salt: str = "", session: str = "") -> Work:
     return Work([first] * (blocks * B) + [0], PARAMS, cache_salt=salt, session=session)
+
+
+@pytest.fixture
+def local(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalFleet]:
+    """One real engine, whose cache holds half of what the test below asks for."""
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
+    monkeypatch.setattr(replica_module.serve, "get_replica_context", lambda: context)
+    options = {"dtype": "fp32", "device": "cpu", "kv_cache_tokens": 1024, "num_threads": 1}
+    replica = EngineReplica(str(tiny_model), "tiny", options, Queue(max_waiting=4))
+    yield LocalFleet(replica)
+    replica.__del__()
 
 
 def placed(fleet: FakeFleet, prompt: Sequence[int]) -> list[str]:
@@ -133,3 +150,24 @@ async def test_a_replica_whose_engine_is_dead_is_not_asked_again() -> None:
     await dispatcher.open([work(1)])
     assert fleet.hints[-1].avoid == {"broken"}
     assert len(fleet.replicas["fine"].submitted) == 2
+
+
+async def test_beside_a_real_engine_the_belief_is_nearly_always_what_the_engine_finds(local: LocalFleet) -> None:
+    dispatcher = dispatcher_for(local)  # type: ignore[arg-type]
+    await dispatcher.describe()
+    rng = random.Random(5)
+    prefixes = [[rng.randrange(5, 200) for _ in range(8 * B)] for _ in range(8)]  # half of them fit
+    believed, found = [], []
+    for _ in range(80):
+        ids = rng.choice(prefixes)[: rng.randrange(2, 9) * B] + [rng.randrange(5, 200) for _ in range(9)]
+        believed.append(dispatcher._prefixes.match(Prefix(ids, "")).get("r1", 0))
+        generation = await dispatcher.open([Work(ids, PARAMS)])
+        pieces = await generation.next()
+        found.append(pieces[0].num_cached_tokens // B * B)
+        while not any(piece.finish_reason for piece in pieces):
+            pieces = await generation.next()
+    dispatcher.close()
+    right = sum(a == b for a, b in zip(believed, found, strict=True))
+    assert right >= 60, "the last parts of prompts and answers take room in the cache, too, and are not counted"
+    assert 0.8 < sum(believed) / sum(found) < 1.2
+    assert sum(found) > 80 * B
