@@ -288,7 +288,7 @@ class EngineReplica:
         if (timing := owner.timing) is None:
             return
         timing.num_open -= 1
-        if timing.num_open == 0:
+        if timing.num_open == 0 and reason != "invalid":
             seconds = timing.receipt("")
             about = {"queue": seconds.queue, "prefill": seconds.prefill, "decode": seconds.decode}
             logger.info("done", extra=fields(request_id=owner.trail.request_id, tokens=timing.num_tokens, **about))

@@ -123,9 +123,14 @@ class Tracer:
         span.end(_unix_ns(ended))
 
 
-def _trace_response(span: Span) -> str:
-    """The value of the header `traceresponse` (W3C Trace Context, draft of level 3): by what to look it up."""
+def _trace_response(span: Span) -> str | None:
+    """The value of the header `traceresponse` (W3C Trace Context, draft of level 3): by what to look it up.
+
+    None where OTEL_SDK_DISABLED has left it without a trace.
+    """
     known = span.get_span_context()
+    if not known.is_valid:
+        return None
     return f"00-{format_trace_id(known.trace_id)}-{format_span_id(known.span_id)}-{known.trace_flags & 1:02x}"
 
 

@@ -256,17 +256,20 @@ def test_the_environment_names_the_service_and_turns_sampling_off(monkeypatch: p
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
     exporter, scope = InMemorySpanExporter(), {"method": "GET", "path": "/health", "headers": []}
 
-    def trace() -> None:
+    def trace() -> Any:
         tracer, call = Tracer(SimpleSpanProcessor(exporter), "i1"), Call("x")
         tracer.begin(scope, call)
         tracer.end(scope, call, "/health", 200, "tiny")
+        return call.trace_response
 
     trace()
     (span,) = exporter.get_finished_spans()
     assert span.resource.attributes["service.name"] == "stories"
     assert span.resource.attributes["deployment.environment.name"] == "test"
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
-    trace()
+    assert trace().endswith("-00")
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    assert trace() is None
     assert len(exporter.get_finished_spans()) == 1
 
 
