@@ -4,9 +4,10 @@ import logging
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from logging.handlers import WatchedFileHandler
 from typing import Any
 
-from service.logs import LineFile, json_line
+from service.logs import json_line
 
 STDOUT = "-"
 
@@ -18,7 +19,7 @@ class AccessLog:
     """
 
     def __init__(self, path: str) -> None:
-        handler = logging.StreamHandler(sys.stdout) if path == STDOUT else LineFile(path)
+        handler = logging.StreamHandler(sys.stdout) if path == STDOUT else WatchedFileHandler(path, encoding="utf-8")
         self._handler: logging.Handler = handler
 
     def write(self, fields: Mapping[str, Any]) -> None:

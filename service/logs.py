@@ -4,7 +4,6 @@ A line is text for people or JSON for machines; in both, what is not printable i
 no value can begin a line of its own or speak to a terminal.
 """
 
-import io
 import json
 import logging
 import re
@@ -47,16 +46,6 @@ def printable(text: str) -> str:
 def fields(**values: object) -> dict[str, dict[str, object]]:
     """What a line says beside its message: pass it as `extra`. What is not known (None) is left out."""
     return {"fields": {name: value for name, value in values.items() if value is not None}}
-
-
-class LineFile(WatchedFileHandler):
-    """Appends to a file that several processes may share, each line by one write. It may be moved away (logrotate).
-
-    Raises `OSError` when the file cannot be opened.
-    """
-
-    def _open(self) -> io.TextIOWrapper:
-        return io.TextIOWrapper(io.FileIO(self.baseFilename, "a"), encoding="utf-8", write_through=True)
 
 
 class _Formatter(logging.Formatter):
@@ -126,7 +115,8 @@ def install(telemetry: "Telemetry", process: str, *, quotes_errors: bool) -> Non
     """
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     if telemetry.log_file is not None:
-        handler = LineFile(telemetry.log_file)
+        # A line is one write, behind what others wrote: processes may share the file, and it may be moved away.
+        handler = WatchedFileHandler(telemetry.log_file, encoding="utf-8")
     form = JsonFormatter if telemetry.log_format == "json" else TextFormatter
     handler.setFormatter(form(process, quotes_errors=quotes_errors))
     for name in LOGGERS:

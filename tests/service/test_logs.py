@@ -20,7 +20,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 
 from service.access_log import AccessLog
 from service.door import Door
-from service.logs import LOGGERS, JsonFormatter, LineFile, TextFormatter, current_request, fields, install, json_line
+from service.logs import LOGGERS, JsonFormatter, TextFormatter, current_request, fields, install, json_line
 from service.telemetry import Telemetry
 from tests.service.conftest import Running, in_process, start, stop
 from tests.service.test_gate import complete
@@ -114,9 +114,9 @@ def test_a_line_knows_the_request_that_its_task_works_for() -> None:
 
 
 def write_many(path: str, letter: str, count: int) -> None:
-    file = LineFile(path)
+    install(Telemetry(log_file=path, log_format="json"), letter, quotes_errors=False)
     for _ in range(count):
-        file.emit(logging.makeLogRecord({"msg": letter * 20_000}))
+        logging.getLogger("service.x").warning(letter * 20_000)
 
 
 def test_lines_of_several_processes_in_one_file_stay_whole(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_lines_of_several_processes_in_one_file_stay_whole(tmp_path: Path) -> No
         worker.join(60)
     lines = path.read_text().splitlines()
     assert len(lines) == 150
-    assert {(len(one), len(set(one))) for one in lines} == {(20_000, 1)}
+    assert {(len(said), len(set(said))) for said in (json.loads(one)["message"] for one in lines)} == {(20_000, 1)}
 
 
 @pytest.mark.usefixtures("restored")
