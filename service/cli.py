@@ -1,7 +1,6 @@
 """The console command `attendant`. Heavy imports wait until a command needs them, so `--help` is quick."""
 
 import json
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from service import __version__
 from service.cli_chat import ApiKey, chat
 from service.cli_doctor import doctor
 from service.cli_keys import keys
-from service.data_plane import DataPlane, cluster_environment
+from service.data_plane import DataPlane
 from service.hub import EMBEDDED, display_name, resolve
 from service.logs import LogFormat, LogLevel
 
@@ -57,12 +56,15 @@ def serve(
         int | None, typer.Option(min=1, help="As many engines as the load needs, up to this; instead of --replicas.")
     ] = None,
     min_replicas: Annotated[int, typer.Option(min=0, help="With --max-replicas: as few as this; 0 lets it sleep.")] = 1,
-    dtype: DtypeOption = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(help="The numbers that weights are computed in; auto: bf16 where it is fast, else fp32.")
+    ] = "auto",
     device: DeviceOption = "auto",
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and completion together.")] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at once in an engine.")] = 64,
     kv_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that an engine's cache holds.")] = None,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait in an engine.")] = 256,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of an engine; else half of the cores.")] = None,
     max_backlog_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that running and waiting requests may need together.")
     ] = None,
@@ -132,6 +134,7 @@ def serve(
         max_waiting=max_waiting,
         max_backlog_tokens=max_backlog_tokens,
         drain_seconds=drain_seconds,
+        num_threads=threads,
         speculative_tokens=speculative_tokens,
         deterministic=deterministic,
         api_keys_file=str(api_keys_file.resolve()) if api_keys_file else None,
@@ -216,15 +219,6 @@ def bench(context: typer.Context) -> None:
     from model.bench.__main__ import main as run_bench
 
     run_bench(context.args)
-
-
-@app.command()
-def environment(
-    drain_seconds: Annotated[float, typer.Option(min=1, help="As long as `drain_seconds` of the application.")] = 300.0,
-) -> None:
-    """Print what a node of a Ray cluster needs before it starts: eval "$(attendant environment)"; ray start ..."""
-    for name, value in cluster_environment(drain_seconds).items():
-        print(f"export {name}={shlex.quote(value)}")
 
 
 @app.command()

@@ -67,12 +67,14 @@ class EngineReplica:
         telemetry: Telemetry | None = None,
     ) -> None:
         # torch is imported here and not above: an ingress reads this module too, and does without torch's 200 MB.
+        from model.checkpoint import inspect_checkpoint
         from model.config import EngineConfig
         from model.engine.engine import Engine
         from model.engine.loop import EngineLoop
+        from model.engine.memory import for_serving
 
-        config = EngineConfig(**engine_options)
         self._model = Path(model)
+        config, _ = for_serving(inspect_checkpoint(self._model).config, EngineConfig(**engine_options))
         self._engine = Engine.from_checkpoint(self._model, config)
         self._capacity = config.max_num_seqs + queue.max_waiting
         # A quarter of what as many requests of full length would need: only unusually long ones meet it.

@@ -62,10 +62,10 @@ def run(args: "AppArgs", address: Address, data_plane: DataPlane, *, allow_anony
         tempfile.TemporaryDirectory(prefix="attendant-") as scratch,
         _ray(data_plane, Path(scratch), args.drain_seconds),
     ):
-        preflight.finish()
+        dtype = preflight.finish()
         _start(args, address)
         _deploy(args)
-        print(_welcome(args, address), flush=True)
+        print(_welcome(args, address, dtype), flush=True)
         try:
             _wait(args)
         except Stop:
@@ -225,7 +225,7 @@ def _cause(text: str) -> str:
     return ": ".join(raised[-1]) if raised else text.strip().splitlines()[-1]
 
 
-def _welcome(args: "AppArgs", address: Address) -> str:
+def _welcome(args: "AppArgs", address: Address, dtype: str) -> str:
     body = '{"prompt": "Once upon a time", "max_tokens": 100, "stream": true}'
     curl = f"curl -N {address.url}/v1/completions -H 'content-type: application/json' -d '{body}'"
-    return f"Attendant is ready with {args.model_name or Path(args.model).name}. Try: {curl}"
+    return f"Attendant is ready with {args.model_name or Path(args.model).name} in {dtype}. Try: {curl}"

@@ -13,6 +13,7 @@ from model.config import EngineConfig, ModelConfig, RopeConfig
 from model.decoder import Decoder
 from model.engine.engine import Engine
 from model.engine.forward import NativeForward, TorchForward
+from model.engine.memory import for_serving
 from model.engine.request import Request
 from model.errors import ConfigError, StepError
 from model.kernels.cpu import library
@@ -82,7 +83,7 @@ def test_logits_agree_with_torch_in_prefill_chunks_and_mixed_steps(name, dtype):
         assert error < (0.06 if dtype == "int8" else 0.015)
 
 
-@pytest.mark.parametrize("block_size", [1, 4, 8, 16, 32, 48])
+@pytest.mark.parametrize("block_size", [2, 4, 8, 16, 32, 48])
 def test_blocks_may_be_smaller_and_larger_than_a_group_of_keys(block_size, dtype):
     scene = Scene(tiny(num_layers=1), dtype, block_size=block_size)
     sequence = scene.add(90)
@@ -325,6 +326,26 @@ class TestChoice:
         engine = Engine(decoder.bfloat16(), EngineConfig(dtype="bf16"))
         assert isinstance(engine.runner.compute, TorchForward)
         assert reason in caplog.text
+
+    def test_auto_is_served_in_bf16_and_other_dtypes_as_asked(self):
+        assert for_serving(tiny(), EngineConfig(device="cpu")) == (EngineConfig(device="cpu", dtype="bf16"), None)
+        for config in (EngineConfig(device="cpu", dtype="fp32"), EngineConfig(device="cpu", dtype="int8")):
+            assert for_serving(tiny(), config) == (config, None)
+
+    @pytest.mark.parametrize(
+        ("changes", "options", "match"),
+        [
+            ({"attention": "additive"}, {}, "additive"),
+            ({"rope": RopeConfig(scaling="dynamic", original_length=64)}, {}, "length of the prompt"),
+            ({}, {"block_size": 12}, "block_size 12"),
+            ({}, {"kernels": "torch"}, "asked for"),
+        ],
+    )
+    def test_auto_stays_as_it_is_where_the_native_step_cannot_run(self, changes, options, match):
+        config = EngineConfig(device="cpu", **options)
+        served, reason = for_serving(tiny(**changes), config)
+        assert served == config
+        assert match in str(reason)
 
     def test_without_a_compiler_torch_computes(self, tiny_llama, monkeypatch, caplog):
         def none() -> None:

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from service.app import AppArgs
+from service.cli import app
 from tests.service.conftest import Running, start, stop, wait_until_gone, write_model
 
 
@@ -98,6 +101,13 @@ def test_a_key_is_printed_once_listed_by_name_and_removed(tmp_path: Path) -> Non
     assert attendant("keys", "list", *file).stdout == ""
 
 
+def test_threads_reach_the_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[AppArgs] = []
+    monkeypatch.setattr("service.serve.run", lambda args, *_, **__: served.append(args))
+    assert CliRunner().invoke(app, ["serve", "--model", str(tiny_model), "--threads", "3"]).exit_code == 0
+    assert served[0].engine_options["num_threads"] == 3
+
+
 def test_a_port_in_use_is_named(tiny_model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -121,7 +131,8 @@ def on_serves_own_proxy(tiny_model: Path) -> Iterator[Running]:
 
 
 @pytest.mark.slow
-def test_the_one_line_at_the_start_has_a_curl_to_try(on_serves_own_proxy: Running) -> None:
+def test_the_one_line_at_the_start_tells_the_dtype_and_a_curl_to_try(on_serves_own_proxy: Running) -> None:
+    assert "ready with tiny in bf16." in on_serves_own_proxy.banner
     assert f"curl -N {on_serves_own_proxy.url}/v1/completions" in on_serves_own_proxy.banner
 
 

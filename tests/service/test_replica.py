@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from model.attention.weights import AttentionRequest
+from model.engine.forward import NativeForward
 from model.sampling.params import GrammarSpec, SamplingParams
 from model.text.tokenizer import Tokenizer
 from service import replica as replica_module
@@ -66,6 +67,17 @@ async def until(condition: Callable[[], object]) -> None:
 def sample(replica: EngineReplica, name: str) -> float:
     lines = replica._metrics.expose().splitlines()
     return float(next(line for line in lines if line.startswith(f"attendant_{name}{{")).split()[-1])
+
+
+async def test_a_replica_that_is_left_the_choice_computes_in_bf16_with_native_kernels(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
+    monkeypatch.setattr(replica_module.serve, "get_replica_context", lambda: context)
+    replica = EngineReplica(str(tiny_model), "tiny", OPTIONS | {"dtype": "auto"}, Queue(max_waiting=2))
+    assert isinstance(replica._engine.runner.compute, NativeForward)
+    assert replica._engine.config.dtype == "bf16"
+    replica.__del__()
 
 
 async def test_outputs_that_came_before_the_channel_was_opened_are_not_lost(replica: EngineReplica) -> None:

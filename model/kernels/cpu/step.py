@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.attention.plan import AttentionPlan
 from model.cache.packed import PackedPool
-from model.config import EngineConfig
+from model.config import EngineConfig, ModelConfig
 from model.decoder import Decoder, DecoderLayer
 from model.errors import ConfigError, StepError
 from model.kernels.cpu import library
@@ -41,23 +41,24 @@ def why_not(decoder: Decoder, config: EngineConfig) -> str | None:
         return f"the device is {decoder.embedding.device.type}"
     if not isinstance(decoder.head, Int8Linear) and decoder.embedding.dtype != torch.bfloat16:
         return f"the weights are {str(decoder.embedding.dtype).removeprefix('torch.')}, neither bf16 nor int8"
-    if config.block_size not in (1, 2, 4, 8) and config.block_size % 16:
-        return f"block_size {config.block_size} is neither 1, 2, 4, 8 nor a multiple of 16"
-    if reason := _why_not_shape(decoder):
-        return reason
+    layers = [layer for layer in decoder.layers if isinstance(layer, DecoderLayer)]
+    if any(layer.scores.query_projection is not None for layer in layers):
+        return f"its score function is {decoder.config.attention}, unfolded"
+    return why_never(decoder.config, config)
+
+
+def why_never(model: ModelConfig, config: EngineConfig) -> str | None:
+    """Why no decoder of this shape can be run by the native step here, whatever its dtype; None if one can."""
+    if config.block_size not in (2, 4, 8) and config.block_size % 16:
+        return f"block_size {config.block_size} is neither 2, 4, 8 nor a multiple of 16"
+    if model.attention == "additive":
+        return "its score function is additive"
+    if model.longest_sharing_prompt is not None:
+        return "its rotary positions depend on the length of the prompt"
     try:
         library.load()
     except (NoLibrary, OSError) as error:
         return str(error)
-    return None
-
-
-def _why_not_shape(decoder: Decoder) -> str | None:
-    layers = [layer for layer in decoder.layers if isinstance(layer, DecoderLayer)]
-    if any(layer.scores.energy is not None or layer.scores.query_projection is not None for layer in layers):
-        return f"its score function is {decoder.config.attention}, unfolded"
-    if any(rotary.config.scaling == "dynamic" for rotary in _rotaries(decoder)):
-        return "its rotary positions depend on the length of the prompt"
     return None
 
 
