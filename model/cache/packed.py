@@ -13,13 +13,13 @@ ALIGNMENT = 64  # bytes of a cache line
 
 
 class PackedPool:
-    """Keys and values of every layer in bf16, so that 16 keys of one head are multiplied at a time.
+    """Keys and values of every layer in bf16, in pairs of what one instruction multiplies and sums.
 
     A block is padded to whole groups of 16 slots, a head to a multiple of 16 numbers. Block 0 is the null block, as in
     `KVPool`; nothing is ever stored in it.
 
     keys: [num_layers, num_blocks + 1, num_kv_heads, groups, padded_dim / 2, 16, 2].
-    values: [num_layers, num_blocks + 1, num_kv_heads, groups, 16, padded_dim].
+    values: [num_layers, num_blocks + 1, num_kv_heads, groups, 8, padded_dim, 2].
     """
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int) -> None:
@@ -28,14 +28,14 @@ class PackedPool:
         self.padded_dim = padded(config.head_dim)
         shape = (config.num_layers, num_blocks + 1, config.num_kv_heads, self.groups)
         self.keys = _zeros((*shape, self.padded_dim // 2, GROUP, 2))
-        self.values = _zeros((*shape, GROUP, self.padded_dim))
+        self.values = _zeros((*shape, GROUP // 2, self.padded_dim, 2))
 
     def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of these slots (block * block_size + offset), each [num_slots, num_kv_heads, head_dim]."""
         block, offset = slots // self.block_size, slots % self.block_size
         group, lane = offset // GROUP, offset % GROUP
         keys = self.keys[layer].movedim(-2, -4)[block, :, lane, group].flatten(2)
-        values = self.values[layer].movedim(-2, -3)[block, :, lane, group]
+        values = self.values[layer].movedim(-1, -2)[block, :, group, lane // 2, lane % 2]
         return keys[..., : self.head_dim], values[..., : self.head_dim]
 
 

@@ -16,13 +16,14 @@ static void store(const Attention *a, int64_t block, int64_t offset, const float
     for (int64_t head = 0; head < a->num_kv_heads; head++) {
         int64_t base = ((block * a->num_kv_heads + head) * a->groups + offset / GROUP) * GROUP * a->padded_dim;
         uint16_t *keys = a->keys + base + offset % GROUP * 2;
-        uint16_t *values = a->values + base + offset % GROUP * a->padded_dim;
+        uint16_t *values = a->values + base + offset % GROUP / 2 * 2 * a->padded_dim + offset % 2;
         for (int64_t i = 0; i < a->padded_dim; i += 16) {
             int64_t from = head * a->head_dim + i, count = a->head_dim - i;
-            uint16_t key[16];
+            uint16_t key[16], value[16];
             to_bf16(key, load_first(k + from, count));
-            to_bf16(values + i, load_first(v + from, count));
+            to_bf16(value, load_first(v + from, count));
             for (int64_t pair = 0; pair < 8; pair++) memcpy(keys + (i / 2 + pair) * 2 * GROUP, key + 2 * pair, 4);
+            for (int64_t j = 0; j < 16; j++) values[2 * (i + j)] = value[j];
         }
     }
 }
@@ -45,15 +46,16 @@ static void score(const Query *queries, const uint16_t *const *keys, int64_t cou
         for (int r = 0; r < R; r++) {
             const uint32_t pair = word(queries[r].q + d);
 #pragma GCC unroll 4
-            for (int64_t g = 0; g < WIDE; g++) sums[r][g] = dot_pairs(sums[r][g], pair, group[g] + d * GROUP);
+            for (int64_t g = 0; g < WIDE; g++) sums[r][g] = dot_pairs(sums[r][g], pair, load_pairs(group[g] + d * GROUP));
         }
     for (int r = 0; r < R; r++)
         for (int64_t g = 0; g < count; g++) save(scores + r * ROW + g * run, sums[r][g]);
 }
 
-// weighted[r] = weighted[r] * shrink[r] + sum over keys of weights[r][key] * values[key].
+// weighted[r] = weighted[r] * shrink[r] + sum over keys of weights[r][key] * values[key], `count` keys in pairs. What
+// stands beside the last of an odd number may be anything.
 template <int R>
-static void weigh(const float *weights, const uint16_t *const *values, int64_t count, const float *shrink,
+static void weigh(const uint16_t *weights, const uint16_t *const *values, int64_t count, const float *shrink,
                   int64_t padded_dim, float *weighted) {
     for (int64_t d = 0; d < padded_dim; d += 16 * WIDE) {
         int64_t at[WIDE];  // where there are fewer sixteens left, the last one again
@@ -62,15 +64,16 @@ static void weigh(const float *weights, const uint16_t *const *values, int64_t c
         for (int r = 0; r < R; r++)
             for (int64_t w = 0; w < WIDE; w++)
                 sums[r][w] = load(weighted + r * padded_dim + at[w]) * splat(shrink[r]);
-        for (int64_t key = 0; key < count; key++) {
-            Floats value[WIDE];
+        for (int64_t key = 0; key < count; key += 2) {
+            const Ints there = splat(key + 1 < count ? -1 : 0xFFFF);
+            Ints pairs[WIDE];
 #pragma GCC unroll 4
-            for (int64_t w = 0; w < WIDE; w++) value[w] = from_bf16(values[key] + at[w]);
+            for (int64_t w = 0; w < WIDE; w++) pairs[w] = load_pairs(values[key / 2] + 2 * at[w]) & there;
 #pragma GCC unroll 6
             for (int r = 0; r < R; r++) {
-                const Floats weight = splat(weights[r * ROW + key]);
+                const uint32_t two = word(weights + r * SPAN + key);
 #pragma GCC unroll 4
-                for (int64_t w = 0; w < WIDE; w++) sums[r][w] = fma(weight, value[w], sums[r][w]);
+                for (int64_t w = 0; w < WIDE; w++) sums[r][w] = dot_pairs(sums[r][w], two, pairs[w]);
             }
         }
         for (int r = 0; r < R; r++)
@@ -78,28 +81,31 @@ static void weigh(const float *weights, const uint16_t *const *values, int64_t c
     }
 }
 
-// Scores of SPAN keys from `start` on become weights, in place: 0 for what the row does not see. Moves the row's
+// Scores of SPAN keys from `start` on become weights, in bf16: 0 for what the row does not see. Moves the row's
 // maximum and sum on; returns by how much what was summed before shrinks.
-static float soften(const Attention *a, int64_t position, int64_t start, float *scores, float *largest_so_far,
-                    float *total) {
+static float soften(const Attention *a, int64_t position, int64_t start, float *scores, uint16_t *weights,
+                    float *largest_so_far, float *total) {
     const Ints newest = splat((int32_t)position), oldest = splat((int32_t)(a->window ? position - a->window + 1 : 0));
+    const bool all_seen = start + SPAN <= position + 1 && !a->window;
     Floats top = splat(*largest_so_far), summed = splat(0.0f);
     for (int64_t i = 0; i < SPAN; i += 16) {
-        Ints key = lane() + splat((int32_t)(start + i));
-        Ints hidden = (newest < key) | ((key < oldest) & (splat((int32_t)a->sink_tokens - 1) < key));
         Floats s = load(scores + i) * splat(a->scale);
         if (a->softcap != 0.0f) s = splat(a->softcap) * tanh(s / splat(a->softcap));
-        s = select(hidden, splat(-INFINITY), s);
+        if (!all_seen) {
+            Ints key = lane() + splat((int32_t)(start + i));
+            Ints hidden = (newest < key) | ((key < oldest) & (splat((int32_t)a->sink_tokens - 1) < key));
+            s = select(hidden, splat(-INFINITY), s);
+        }
         save(scores + i, s);
         top = max(top, s);
     }
     const float new_largest = largest(top);
     for (int64_t i = 0; i < SPAN; i += 16) {
         Floats weight = exp(load(scores + i) - splat(new_largest));
-        save(scores + i, weight);
+        to_bf16(weights + i, weight);
         summed = summed + weight;
     }
-    const float shrink = exp_of(*largest_so_far - new_largest);
+    const float shrink = *largest_so_far == new_largest ? 1.0f : exp_of(*largest_so_far - new_largest);
     *largest_so_far = new_largest;
     *total = *total * shrink + sum(summed);
     return shrink;
@@ -115,10 +121,10 @@ INLINE void prefetch_group(const Attention *a, int64_t base) {
 }
 
 typedef void (*Score)(const Query *, const uint16_t *const *, int64_t, int64_t, int64_t, float *);
-typedef void (*Weigh)(const float *, const uint16_t *const *, int64_t, const float *, int64_t, float *);
+typedef void (*Weigh)(const uint16_t *, const uint16_t *const *, int64_t, const float *, int64_t, float *);
 
 // The softmax of `rows` query rows, positions ascending, over keys [begin, end) of the sequence with this block table.
-// begin is a multiple of SPLIT; end is one too, or no row stands behind it. Blocks hold 1, 2, 4, 8 or 16 n slots.
+// begin is a multiple of SPLIT; end is one too, or no row stands behind it. Blocks hold 2, 4, 8 or 16 n slots.
 static void attend(const Attention *a, const int64_t *table, const Query *queries, int64_t rows, int64_t kv_head,
                    int64_t begin, int64_t end, Softmax *softmax) {
     static const Score score_rows[HALF_ROWS] = HALF_HEIGHTS(score);
@@ -126,7 +132,8 @@ static void attend(const Attention *a, const int64_t *table, const Query *querie
     const int64_t dim = a->padded_dim, first_seen = a->window ? queries[0].position - a->window + 1 : 0;
     const int64_t run = a->block_size < GROUP ? a->block_size : GROUP;  // keys side by side in a group
     float scores[TILE_ROWS * ROW], shrink[TILE_ROWS];
-    const uint16_t *keys[SPAN], *values[ROW];  // of each group and of each key
+    uint16_t weights[TILE_ROWS * SPAN];
+    const uint16_t *keys[SPAN / 2], *values[ROW / 2];  // of each group and of each pair
     for (int64_t r = 0; r < rows; r++) softmax->largest[r] = EMPTY, softmax->total[r] = 0.0f;
     memset(softmax->weighted, 0, rows * dim * sizeof(float));
     for (int64_t start = begin; start < end; start += SPAN) {
@@ -135,7 +142,7 @@ static void attend(const Attention *a, const int64_t *table, const Query *querie
         for (int64_t g = 0; g < groups; g++) {
             const int64_t base = group_at(a, table, kv_head, start + g * run), ahead = start + SPAN + g * run;
             keys[g] = a->keys + base;
-            for (int64_t i = 0; i < run; i++) values[g * run + i] = a->values + base + i * dim;
+            for (int64_t i = 0; i < run; i += 2) values[(g * run + i) / 2] = a->values + base + i * dim;
             if (ahead < end) prefetch_group(a, group_at(a, table, kv_head, ahead));
         }
         for (int64_t r = 0, height; r < rows; r += height) {
@@ -145,11 +152,11 @@ static void attend(const Attention *a, const int64_t *table, const Query *querie
                                        scores + r * ROW + g * run);
         }
         for (int64_t r = 0; r < rows; r++)
-            shrink[r] =
-                soften(a, queries[r].position, start, scores + r * ROW, softmax->largest + r, softmax->total + r);
+            shrink[r] = soften(a, queries[r].position, start, scores + r * ROW, weights + r * SPAN,
+                               softmax->largest + r, softmax->total + r);
         for (int64_t r = 0, height; r < rows; r += height) {
             height = rows - r < HALF_ROWS ? rows - r : HALF_ROWS;
-            weigh_rows[height - 1](scores + r * ROW, values, count, shrink + r, dim, softmax->weighted + r * dim);
+            weigh_rows[height - 1](weights + r * SPAN, values, count, shrink + r, dim, softmax->weighted + r * dim);
         }
     }
 }

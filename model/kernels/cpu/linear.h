@@ -52,8 +52,8 @@ static void tile_bf16(const Linear *linear, const Rows *rows, int64_t first, int
 #pragma GCC unroll 12
             for (int r = 0; r < R; r++) {
                 uint32_t two = word(x + r * rows->stride + pair);
-                sums[r][0] = dot_pairs(sums[r][0], two, w + pair * PANEL / 2);
-                sums[r][1] = dot_pairs(sums[r][1], two, w + pair * PANEL / 2 + 32);
+                sums[r][0] = dot_pairs(sums[r][0], two, load_pairs(w + pair * PANEL / 2));
+                sums[r][1] = dot_pairs(sums[r][1], two, load_pairs(w + pair * PANEL / 2 + 32));
             }
     }
     for (int r = 0; r < R; r++)
@@ -100,7 +100,8 @@ static void finish_tile(const Epilogue *epilogue, const float *tile, int64_t fir
 
 typedef void (*Tile)(const Linear *, const Rows *, int64_t first, int64_t panel, float *out, const char *next);
 
-// Panel `panel` (for GATE: the pair 2 * panel, 2 * panel + 1) of all rows, in tiles of equal height.
+// Panel `panel` (for GATE: the pair 2 * panel, 2 * panel + 1) of all rows, in tiles of equal height. next_panel: what
+// this thread reads afterwards; behind the last panel stands the next map's first, since maps lie in order of use.
 static void run_panel(const Tile *tiles, const Linear *linear, const Rows *rows, int64_t panel,
                       const Epilogue *epilogue, int64_t next_panel) {
     const int64_t pair = epilogue->then == GATE ? 2 : 1, bytes = PANEL * linear->stride;
@@ -109,8 +110,8 @@ static void run_panel(const Tile *tiles, const Linear *linear, const Rows *rows,
     for (int64_t t = 0; t < num_tiles; t++) {
         const int64_t first = rows->count * t / num_tiles, height = rows->count * (t + 1) / num_tiles - first;
         for (int64_t part = 0; part < pair; part++) {
-            const bool fetch = t == 0 && next_panel * pair < linear->panels;
-            const char *next = fetch ? (const char *)linear->weight + (next_panel * pair + part) * bytes : nullptr;
+            const char *ahead = (const char *)linear->weight + (next_panel * pair + part) * bytes;
+            const char *next = t == 0 ? ahead : nullptr;
             tiles[height - 1](linear, rows, first, pair * panel + part, tile + part * MAX_ROWS * PANEL, next);
         }
         finish_tile(epilogue, tile, first, height, panel);

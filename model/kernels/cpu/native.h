@@ -52,8 +52,8 @@ struct Epilogue {
 };
 
 // Causal attention of one layer. Query heads h * group_size and on share key/value head h.
-// keys: bf16 [blocks][num_kv_heads][groups][padded_dim / 2][16][2]; values: [blocks][num_kv_heads][groups][16]
-// [padded_dim].
+// keys: bf16 [blocks][num_kv_heads][groups][padded_dim / 2][16][2]; values: [blocks][num_kv_heads][groups][8]
+// [padded_dim][2]: two keys side by side.
 // window: keys that a query sees, itself included (0: all); the first `sink_tokens` stay visible beyond it.
 // softcap: scores become cap * tanh(score / cap) (0: they do not). sinks: [num_heads] logits that take weight away.
 struct Attention {

@@ -64,7 +64,8 @@ class Arena:
     def __init__(self, matrices: Iterable[tuple[int, int, torch.dtype]]) -> None:
         """matrices: (outputs, inputs, dtype) of everything that `pack` will be given, outputs in whole panels."""
         size = sum(outputs * up(inputs, INPUTS) * dtype.itemsize for outputs, inputs, dtype in matrices)
-        memory = mmap.mmap(-1, size)
+        # Private: pages that could be shared are never huge, unless the system was told so.
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self._memory = torch.frombuffer(memory, dtype=torch.uint8)

@@ -58,10 +58,14 @@ static void encode_int8(const float *x, int64_t width, uint8_t *out, int64_t str
     for (int64_t i = 0; i < width; i += 16) {
         // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
         Floats shifted = load_first(x + i, width - i) / splat(*scale) + splat(12582912.0f);
-        int32_t value[16];
-        Ints bytes = as_ints(shifted) - splat(0x4B400000 - 128);
-        memcpy(value, &bytes, 64);
-        for (int64_t j = 0; j < 16 && i + j < width; j++) out[i + j] = (uint8_t)value[j];
+        Ints value = as_ints(shifted) - splat(0x4B400000 - 128);
+        if (width - i >= 16) {
+            to_bytes(out + i, value);
+        } else {
+            uint8_t last[16];
+            to_bytes(last, value);
+            memcpy(out + i, last, width - i);
+        }
     }
 }
 

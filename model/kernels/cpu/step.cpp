@@ -157,8 +157,11 @@ void Step::encode(const Linear &linear, const float *from, int64_t row) {
 void Step::multiply(Member &me, const Linear &linear, Epilogue epilogue, int64_t num_rows) {
     const Rows rows{encoded, scales, num_rows, linear.stride};
     const auto product = linear.dtype == INT8 ? k.linear_int8 : k.linear_bf16;
-    me.share(linear.panels / (epilogue.then == GATE ? 2 : 1),
-             [&](int64_t panel, int64_t after) { product(&linear, &rows, panel, &epilogue, after); });
+    const int64_t pieces = linear.panels / (epilogue.then == GATE ? 2 : 1);
+    me.share(pieces, [&](int64_t panel, int64_t after) {
+        // The last pieces are those of different threads: each fetches another panel of the map that comes next.
+        product(&linear, &rows, panel, &epilogue, after < pieces ? after : pieces + panel % team.size);
+    });
 }
 
 // Onto the residual stream at once, or, where a norm comes first, to where `enter` finds it.

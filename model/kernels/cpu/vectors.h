@@ -36,6 +36,7 @@ constexpr int PARTS = 16 / LANES;
 typedef float FloatPart __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t IntPart __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint16_t HalfPart __attribute__((vector_size(2 * LANES), may_alias));
+typedef uint8_t BytePart __attribute__((vector_size(LANES), may_alias));
 
 struct Floats { FloatPart part[PARTS]; };
 struct Ints { IntPart part[PARTS]; };
@@ -121,13 +122,25 @@ INLINE Floats from_bf16(const uint16_t *p) {
     }
     return a;
 }
-INLINE void to_bf16(uint16_t *p, Floats a) {  // to nearest, ties to even; every NaN becomes the same one
+INLINE void to_bf16(uint16_t *p, Floats a) {  // to nearest, ties to even; NaN stays one
+#if defined(__AVX512BF16__)
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)a.part[0]);  // takes what is below 1.2e-38 for zero
+    memcpy(p, &halves, sizeof halves);
+#else
     Ints bits = as_ints(a), magnitude = bits & splat(0x7FFFFFFF);
     Ints rounded = shift_right(bits + splat(0x7FFF) + (shift_right(bits, 16) & splat(1)), 16);
     rounded = select(splat(0x7F800000) < magnitude, splat(0x7FC0), rounded);
     EACH {
         HalfPart half = __builtin_convertvector(rounded.part[i], HalfPart);
         memcpy(p + i * LANES, &half, sizeof half);
+    }
+#endif
+}
+
+INLINE void to_bytes(uint8_t *p, Ints a) {  // the low byte of each
+    EACH {
+        BytePart bytes = __builtin_convertvector(a.part[i], BytePart);
+        memcpy(p + i * LANES, &bytes, sizeof bytes);
     }
 }
 
@@ -162,17 +175,18 @@ INLINE Ints without_offset(Ints sums, const int32_t *correction) {
 
 // Sixteen sums take in two products of bf16 each, the second of the pair first, as `vdpbf16ps` does. A product of two
 // bf16 is exact in fp32, so all instruction sets agree (but that `vdpbf16ps` takes what is below 1.2e-38 for zero).
-INLINE Floats dot_pairs(Floats sums, uint32_t x, const uint16_t *w) {
+INLINE Floats dot_pairs(Floats sums, uint32_t x, Ints pairs) {
 #if defined(__AVX512BF16__)
-    sums.part[0] = (FloatPart)_mm512_dpbf16_ps((__m512)sums.part[0], (__m512bh)_mm512_loadu_si512(w),
+    sums.part[0] = (FloatPart)_mm512_dpbf16_ps((__m512)sums.part[0], (__m512bh)pairs.part[0],
                                               (__m512bh)_mm512_set1_epi32((int)x));
     return sums;
 #else
-    Ints pair = load((const int32_t *)w), high = splat((int32_t)0xFFFF0000u);
-    sums = sums + as_floats(pair & high) * as_floats(splat((int32_t)(x & 0xFFFF0000u)));
-    return sums + as_floats(shift_left(pair, 16)) * as_floats(splat((int32_t)(x << 16)));
+    Ints high = splat((int32_t)0xFFFF0000u);
+    sums = sums + as_floats(pairs & high) * as_floats(splat((int32_t)(x & 0xFFFF0000u)));
+    return sums + as_floats(shift_left(pairs, 16)) * as_floats(splat((int32_t)(x << 16)));
 #endif
 }
+INLINE Ints load_pairs(const uint16_t *p) { return load((const int32_t *)p); }
 
 INLINE uint32_t word(const void *p) { uint32_t x; memcpy(&x, p, 4); return x; }
 
