@@ -15,6 +15,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from model.config import Device, Dtype
 from service.autoscaling import Autoscaling
 from service.door import Door
+from service.hub import EMBEDDED
 from service.ingress import Ingress
 from service.replica import EngineReplica, Queue
 
@@ -29,7 +30,8 @@ ROUTER = "service.router:PinnedRouter"
 class AppArgs(Door):
     """What an operator may choose. `None` means: decided from the checkpoint and the machine.
 
-    model: a Hugging Face directory; model_name: what clients call it, the directory's own name by default.
+    model: a Hugging Face directory, at the same place on every node; the embedded one by default.
+    model_name: what clients call it, the directory's own name by default.
     autoscaling: as many engines as their load needs, instead of `replicas`.
     replica_cpus: what Ray sets aside for each engine. 0 lets it have as many on a machine as there are; more makes it
     look for room, and its own autoscaler add nodes.
@@ -42,7 +44,7 @@ class AppArgs(Door):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    model: str
+    model: str = str(EMBEDDED)
     model_name: str | None = None
     replicas: Annotated[int, Field(ge=1)] = 1
     autoscaling: Autoscaling | None = None

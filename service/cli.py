@@ -1,6 +1,7 @@
 """The console command `attendant`. Heavy imports wait until a command needs them, so `--help` is quick."""
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from service import __version__
 from service.cli_chat import ApiKey, chat
 from service.cli_doctor import doctor
 from service.cli_keys import keys
-from service.data_plane import DataPlane
+from service.data_plane import DataPlane, cluster_environment
 from service.hub import EMBEDDED, display_name, resolve
 from service.logs import LogFormat, LogLevel
 
@@ -219,6 +220,15 @@ def bench(context: typer.Context) -> None:
     from model.bench.__main__ import main as run_bench
 
     run_bench(context.args)
+
+
+@app.command()
+def environment(
+    drain_seconds: Annotated[float, typer.Option(min=1, help="As long as `drain_seconds` of the application.")] = 300.0,
+) -> None:
+    """Print what a node of a Ray cluster needs before it starts: eval "$(attendant environment)"; ray start ..."""
+    for name, value in cluster_environment(drain_seconds).items():
+        print(f"export {name}={shlex.quote(value)}")
 
 
 @app.command()

@@ -7,6 +7,7 @@ semantic conventions for HTTP and for generative AI; what has no name there begi
 anything of a prompt or of an answer.
 """
 
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,7 @@ class Tracer:
         self._provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("attendant", __version__)
+        self._is_closed = False
 
     @classmethod
     def to_collector(cls, endpoint: str, instance: str) -> Self:
@@ -111,7 +113,14 @@ class Tracer:
                 self._phase(parent, name, begun, over if ended is None else ended, failed=failed and ended is None)
 
     def close(self) -> None:
-        """Send what is left, as far as the collector takes it in time: the exporter would try for ten seconds."""
+        """Send what is left, as far as the collector takes it in time: the exporter would try for ten seconds.
+
+        Once is enough. At the interpreter's end, when objects that were kept are deleted, no thread can start any more:
+        waiting for one would be for ever.
+        """
+        if self._is_closed or sys.is_finalizing():
+            return
+        self._is_closed = True
         closing = threading.Thread(target=self._provider.shutdown, name="last-spans", daemon=True)
         closing.start()
         closing.join(CLOSE_TIMEOUT_S)

@@ -228,6 +228,26 @@ def test_a_collector_that_is_gone_costs_no_request_and_no_time_at_the_end() -> N
     assert call.trace_response is not None
 
 
+KEPT = """
+import service.tracing, service.telemetry
+
+class Replica:
+    def __init__(self):
+        self.tracer = service.telemetry.Telemetry(trace_endpoint="http://127.0.0.1:9").tracer("x")
+        self.itself = self
+    def __del__(self):
+        print("deleted")
+        self.tracer.close()
+
+kept = Replica()
+"""
+
+
+def test_a_tracer_that_is_closed_as_the_interpreter_ends_does_not_hold_it_up() -> None:
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "deleted\n"
+
+
 @pytest.mark.parametrize(
     ("endpoint", "url"),
     [

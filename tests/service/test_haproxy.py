@@ -1,0 +1,116 @@
+"""HAProxy's command, on configurations that Ray Serve's own code has written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray.serve._private.common import RequestProtocol
+from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+from ray.serve.config import HTTPOptions
+
+from service import data_plane
+from service.data_plane import HAPROXY, cluster_environment, environment
+from tests.service.conftest import free_port
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """What Serve writes for one ingress that is to be reached from everywhere, as in a pod."""
+    config = HAProxyConfig(
+        http_options=HTTPOptions(host="0.0.0.0", port=free_port()),
+        stats_port=free_port(),
+        metrics_port=free_port(),
+        socket_path=str(tmp_path / "admin.sock"),
+        server_state_base=str(tmp_path),
+        server_state_file=str(tmp_path / "server-state"),
+        metrics_enabled=False,
+    )
+    backend = BackendConfig(
+        name="attendant",
+        path_prefix="/",
+        app_name="attendant",
+        protocol=RequestProtocol.HTTP,
+        servers=[ServerConfig(name="ingress", host="127.0.0.1", port=free_port())],
+    )
+    file = tmp_path / "haproxy.cfg"
+    HAProxyApi(config, {"attendant": backend}, config_file_path=str(file))._generate_config_file_internal()
+    return file
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The installed command, as Serve runs it."""
+    return subprocess.run([HAPROXY, *arguments], capture_output=True, text=True, check=False)
+
+
+def lines_with(file: Path, word: str) -> list[str]:
+    return [line.strip() for line in file.read_text().splitlines() if line.split()[:1] == [word]]
+
+
+def test_the_installed_command_is_the_one_beside_the_code():
+    assert HAPROXY.read_text() == (Path(data_plane.__file__).parent / HAPROXY.name).read_text()
+
+
+def test_haproxy_takes_what_the_command_has_amended(written: Path):
+    plain = written.read_text()
+    done = run("-c", "-f", written)
+    assert done.returncode == 0, done.stderr
+    assert written.read_text() != plain
+
+
+def test_only_the_service_itself_listens_beyond_loopback(written: Path):
+    run("-c", "-f", written)
+    statistics, service, more_statistics = lines_with(written, "bind")
+    assert service.startswith("bind *:")
+    assert statistics.startswith("bind 127.0.0.1:")
+    assert more_statistics.startswith("bind 127.0.0.1:")
+
+
+def test_a_client_has_ten_seconds_for_its_header_and_a_minute_to_read(written: Path):
+    run("-c", "-f", written)
+    timeouts = lines_with(written, "timeout")
+    assert [line for line in timeouts if line.startswith("timeout client")] == ["timeout client 60s"]
+    assert "timeout http-request 10s" in timeouts
+
+
+def test_a_malformed_request_is_refused_in_the_shape_of_all_refusals(written: Path):
+    run("-c", "-f", written)
+    [line] = lines_with(written, "http-error")
+    refusal = json.loads(line.partition(" string ")[2].strip("'"))
+    assert set(refusal["error"]) == {"message", "type", "param", "code"}
+
+
+def test_what_is_amended_is_amended_once(written: Path):
+    run("-c", "-f", written)
+    once = written.read_text()
+    run("-c", "-f", written)
+    assert written.read_text() == once
+
+
+def test_the_command_is_haproxy_to_whoever_asks():
+    assert run("-v").stdout.startswith("HAProxy version")
+
+
+def test_haproxys_refusal_is_the_commands_own(written: Path):
+    written.write_text(written.read_text() + "listen nonsense\n  no-such-word\n")
+    assert run("-c", "-f", written).returncode == 1
+
+
+def test_a_cluster_needs_what_one_machine_needs_but_for_ports_and_files(tmp_path: Path):
+    own = environment("haproxy", tmp_path, 300)
+    assert cluster_environment(300).items() < own.items()
+    assert not any(str(tmp_path) in value for value in cluster_environment(300).values())
+
+
+def test_without_haproxy_its_switches_are_off_even_where_the_environment_has_them_on(tmp_path: Path):
+    switched = cluster_environment(300) | environment("default", tmp_path, 300)
+    assert switched["RAY_SERVE_ENABLE_HA_PROXY"] == switched["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "0"
+
+
+def test_the_environment_is_printed_for_a_shell():
+    script = f'eval "$({sys.executable} -m service environment)"; env'
+    shell = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert {f"{name}={value}" for name, value in cluster_environment(300).items()} <= set(shell.stdout.splitlines())
