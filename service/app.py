@@ -8,13 +8,14 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from model.config import Device, Dtype
 from service.autoscaling import Autoscaling
 from service.door import Door
+from service.exposition import Watching, address
 from service.hub import EMBEDDED
 from service.ingress import Ingress
 from service.replica import EngineReplica, Queue
@@ -40,6 +41,7 @@ class AppArgs(Door):
     drain_seconds: how long a replica that is to go may still work on what it has; at least the longest generation, or
     streams are cut. One that has nothing left goes at once.
     speculative_tokens: how far an engine guesses ahead; deterministic: the same bits whatever else runs, at a price.
+    metrics_host: where each process exposes its metrics on a port of its own; vllm_metrics: under vLLM's names, too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -60,11 +62,13 @@ class AppArgs(Door):
     drain_seconds: Annotated[float, Field(gt=0)] = 300.0
     speculative_tokens: Annotated[int, Field(ge=0)] = 0
     deterministic: bool = False
+    metrics_host: Annotated[str, AfterValidator(address)] | None = None
+    vllm_metrics: bool = False
 
     @property
     def engine_options(self) -> dict[str, Any]:
         """What becomes of it in a replica: the arguments of `EngineConfig`."""
-        serving = {"replicas", "autoscaling", "replica_cpus", "drain_seconds"}
+        serving = {"replicas", "autoscaling", "replica_cpus", "drain_seconds", "metrics_host", "vllm_metrics"}
         own = {"model", "model_name", *serving, *Queue._fields, *Door.model_fields}
         options = self.model_dump(exclude=own)
         # Half of the cores compute; HTTP, text and Ray have the others. With both of 2 cores the embedded model gave
@@ -131,5 +135,7 @@ def build(args: AppArgs) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
     )(serve.ingress()(Ingress))
     queue = Queue(args.max_waiting, args.max_backlog_tokens)
-    bound = engines.bind(directory, name, args.engine_options, queue, args.telemetry)
-    return ingress.bind(bound, directory, name, args, args.sleeps)
+    wanted = args.autoscaling.min_replicas if args.autoscaling else args.replicas
+    watching = Watching(args.metrics_host, args.vllm_metrics, wanted)
+    engine = engines.bind(directory, name, args.engine_options, queue, args.telemetry, watching.exporter_host)
+    return ingress.bind(engine, directory, name, args, args.sleeps, watching)

@@ -31,6 +31,7 @@ class Call:
     session: what the client calls the requests that belong together; empty where it does not say.
     wants_receipt: whether the answer is to say where its time went. Then: admitted_at, when the engines were asked;
         detokenize_seconds, spent on turning tokens into text.
+    error: what went wrong, if something did.
     log: what its line in the access log says beside the usual; logs_prompts: also what was asked.
     trail: by what other processes know it; span: in its trace, where there is one; trace_response: by what a client
         finds that.
@@ -58,6 +59,7 @@ class Call:
         self.first_token_at = 0.0
         self.detokenize_seconds = 0.0
         self.logs_prompts = False
+        self.error: Exception | None = None
         self.log: dict[str, Any] = {}
         self._reserved = 0
         self._noted: EngineReceipt | None = None
@@ -97,7 +99,8 @@ class Call:
             raise DeadlineExceeded from None
 
     def failed(self, error: Exception) -> None:
-        """Have the log tell what went wrong, by its kind: the message may quote the client."""
+        """Note what went wrong. The log tells its kind: the message may quote the client."""
+        self.error = error
         self.log["error"] = type(error).__name__
 
     def reserve(self, num_tokens: int) -> None:

@@ -21,12 +21,14 @@ class Details(NamedTuple):
     """What comes beside new tokens, for those who ask.
 
     logprobs, attention: one entry for each new token. prompt_logprobs: with the first of them, one for each prompt
-    token; the first prompt token has none: nothing comes before it.
+    token; the first prompt token has none: nothing comes before it. engine_seconds: with the last of them, unasked:
+    how long the engine had the request.
     """
 
     logprobs: list[TokenLogprobs] | None
     prompt_logprobs: list[TokenLogprobs | None] | None
     attention: list[TokenAttention] | None
+    engine_seconds: float | None = None
 
 
 # request_id, new token ids, finish reason or None, prompt tokens found in the cache, details. A plain tuple: it is

@@ -19,6 +19,7 @@ from service.cli_keys import keys
 from service.data_plane import DataPlane, cluster_environment
 from service.hub import EMBEDDED, display_name, resolve
 from service.logs import LogFormat, LogLevel
+from service.top import top
 
 if TYPE_CHECKING:
     from service.autoscaling import Autoscaling
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.add_typer(keys)
 app.command()(chat)
 app.command()(doctor)
+app.command()(top)
 console = Console(stderr=True, highlight=False)
 
 Model = Annotated[str, typer.Option(help="A model directory, or the id of one on the Hugging Face hub.")]
@@ -45,6 +47,12 @@ KeysFile = Annotated[
     Path | None, typer.Option(envvar="ATTENDANT_API_KEYS_FILE", help="The API keys that are let in; see `keys add`.")
 ]
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _address(text: str) -> str:
+    from service.exposition import address
+
+    return address(text)
 
 
 @app.command()
@@ -112,6 +120,13 @@ def serve(
             help="An OpenTelemetry collector that takes spans by OTLP over HTTP (needs the `trace` extra).",
         ),
     ] = None,
+    metrics_host: Annotated[
+        str | None,
+        typer.Option(parser=_address, metavar="IP", help="Where each process exposes its metrics by itself, keyless."),
+    ] = None,
+    vllm_metrics: Annotated[
+        bool, typer.Option("--vllm-metrics", help="Show the metrics under vLLM's names, too.")
+    ] = False,
     limit: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE, one of the limits in service/limits.py; once for each.")
     ] = None,
@@ -143,6 +158,8 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         access_log=access_log if access_log in (None, "-") else str(Path(access_log).resolve()),
         log_prompts=log_prompts,
+        metrics_host=metrics_host,
+        vllm_metrics=vllm_metrics,
         limits=Limits.from_texts(limit or []),
         telemetry=Telemetry.of(
             log_file=str(log_file.resolve()) if log_file else None,

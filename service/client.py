@@ -63,6 +63,16 @@ class Client:
         for choice in self._choices("/v1/chat/completions", body, pace):
             yield choice["delta"].get("content") or ""
 
+    def metrics(self) -> str:
+        """Its page for Prometheus. Raises `RequestFailed`."""
+        try:
+            answer = self._http.get("/metrics")
+        except httpx.HTTPError as error:
+            raise RequestFailed(f"{self._url} does not answer: {error}") from None
+        if answer.status_code != httpx.codes.OK:
+            raise RequestFailed(_message(answer))
+        return answer.text
+
     def _choices(self, path: str, body: dict[str, Any], pace: Pace) -> Iterator[dict[str, Any]]:
         asked = time.perf_counter()
         body = {**body, "stream": True, "stream_options": {"include_usage": True}}

@@ -20,6 +20,7 @@ from service.call import Call
 from service.channel import Work
 from service.dispatch import Dispatcher
 from service.drain import Drain
+from service.exposition import ALONE, View
 from service.limits import Limits
 from service.metrics import IngressMetrics
 from service.receipt import write_receipt
@@ -31,7 +32,7 @@ LONG_TEXT = 8_192
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes work with: one model, its text side, and the engines behind it."""
+    """What the routes work with: one model, its text side, the engines behind it, and the ingresses beside it."""
 
     model_name: str
     created: int
@@ -41,6 +42,7 @@ class Service:
     metrics: IngressMetrics
     limits: Limits
     drain: Drain = field(default_factory=Drain)
+    view: View = ALONE
 
 
 Entry = tuple[int, TokenLogprobs | None]  # a token, and what is known of it: nothing of a prompt's first one
@@ -308,12 +310,12 @@ class Completion:
             choice.first_at = now
             choice.num_cached_tokens = piece.num_cached_tokens
             metrics.ttft.observe(now - self.call.arrived)
-        else:
-            metrics.itl.observe((now - choice.last_at) / max(1, choice.num_tokens - before))
+        elif count := choice.num_tokens - before:
+            metrics.itl.observe((now - choice.last_at) / count, count)
         choice.last_at = now
         metrics.generation_tokens.inc(choice.num_tokens - before)
         if choice.finish_reason is not None:
-            self._finish(piece.choice, now)
+            self._finish(piece, now)
         if piece.details is None:
             return Delta(piece.choice, text, choice.finish_reason) if text or choice.finish_reason is not None else None
         token_ids = piece.token_ids[: choice.num_tokens - before]
@@ -321,12 +323,14 @@ class Completion:
         looks = list(zip(token_ids, piece.details.attention or (), strict=False))
         return Delta(piece.choice, text, choice.finish_reason, entries, choice.take_prompt(piece), looks)
 
-    def _finish(self, index: int, now: float) -> None:
-        choice, metrics = self._choices[index], self._service.metrics
+    def _finish(self, piece: Piece, now: float) -> None:
+        choice, metrics = self._choices[piece.choice], self._service.metrics
         # A stop string ends the text while the engine is still writing.
-        self._service.dispatcher.abort([self._generation.streams[index]])
+        self._service.dispatcher.abort([self._generation.streams[piece.choice]])
         metrics.finished(choice.finish_reason or "")
         metrics.e2e.observe(now - self.call.arrived)
+        if piece.details is not None and piece.details.engine_seconds is not None:
+            metrics.overhead.observe(now - self.call.arrived - piece.details.engine_seconds)
         metrics.generation_length.observe(choice.num_tokens)
         if choice.num_tokens > 1:
             metrics.tpot.observe((choice.last_at - choice.first_at) / (choice.num_tokens - 1))

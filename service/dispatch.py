@@ -20,6 +20,7 @@ from service.affinity import Prefix, PrefixIndex
 from service.balance import RouteHint
 from service.channel import Accepted, EngineInfo, Output, Refused, Work
 from service.errors import Overloaded, ServiceError, Unavailable
+from service.exposition import Exposition, Replicas
 from service.fullness import Fullness
 from service.metrics import IngressMetrics
 from service.receipt import EngineReceipt
@@ -61,7 +62,7 @@ class Dispatcher:
         self._prefixes = PrefixIndex()
         self._fullness = Fullness()
         self._info: EngineInfo | None = None
-        self._expositions: list[str] = []
+        self._expositions = Replicas(engines, pins=True)
 
     async def describe(self) -> EngineInfo:
         """What the engines can do; asked once. Raises `Unavailable` when none answers in time."""
@@ -126,15 +127,10 @@ class Dispatcher:
         for pump in self._pumps.values():
             pump.cancel()
 
-    async def expositions(self, timeout_s: float) -> list[str]:
-        """Each replica's metrics as text; what was last seen of them when they do not answer in time."""
-        try:
-            answers = await self._in_clean_context(self._broadcast("metrics", timeout_s))
-        except Exception as error:
-            logger.warning("no metrics from the engines, showing the last known: %s", _reason(error))
-        else:
-            self._expositions = [answer for answer in answers if isinstance(answer, str)]
-        return self._expositions
+    async def expositions(self, timeout_s: float) -> list[Exposition]:
+        """What each replica counts; of one that does not answer in time, what it last said."""
+        expositions, self._metrics.replicas_answering = await self._expositions.read(timeout_s)
+        return expositions
 
     async def _submit(self, streams: Sequence[Stream], timeout_s: float) -> None:
         """Have one replica take all of `streams`, trying others as they fail. After an error none of them is open."""

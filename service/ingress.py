@@ -14,6 +14,7 @@ from service.api.routes import create_api
 from service.completion import Service
 from service.dispatch import Dispatcher
 from service.door import Door
+from service.exposition import Exposition, Replicas, View, Watching, export
 from service.logs import install
 from service.metrics import IngressMetrics
 
@@ -22,13 +23,26 @@ class Ingress:
     """Raises `CheckpointError` when the directory's tokenizer or chat template cannot be read."""
 
     def __init__(
-        self, engines: DeploymentHandle[Any], model: str, model_name: str, door: Door, engines_sleep: bool
+        self,
+        engines: DeploymentHandle[Any],
+        model: str,
+        model_name: str,
+        door: Door,
+        engines_sleep: bool,
+        watching: Watching,
     ) -> None:
         self._door = door
         instance = serve.get_replica_context().replica_id.unique_id
         install(door.telemetry, f"ingress/{instance}", quotes_errors=door.log_prompts)
         self._tracer = door.telemetry.tracer(instance)
-        metrics = IngressMetrics(model_name)
+        context = serve.get_replica_context()
+        metrics = IngressMetrics(model_name, instance, watching.num_engines)
+        self._view = View(
+            peers=Replicas(serve.get_deployment_handle(context.deployment, context.app_name), pins=False),
+            replica=instance,
+            target=None if watching.exporter_host is None else export(metrics.registry, watching.exporter_host),
+            speaks_vllm=watching.vllm_metrics,
+        )
         self._service = Service(
             model_name=model_name,
             created=int(time.time()),
@@ -37,11 +51,16 @@ class Ingress:
             dispatcher=Dispatcher(engines, metrics, engines_sleep=engines_sleep),
             metrics=metrics,
             limits=door.limits,
+            view=self._view,
         )
 
     async def drain(self) -> None:
         """Take no more requests; return when those that are open have been answered."""
         await self._service.drain.close()
+
+    async def metrics(self) -> Exposition:
+        """What this ingress counts, for another one that is being scraped."""
+        return self._view.own(self._service.metrics.expose())
 
     def __del__(self) -> None:
         """Serve calls this when every request has been answered, before it stops the process."""

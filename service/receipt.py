@@ -14,7 +14,7 @@ CHUNK_BYTES = 1 << 20
 class EngineReceipt(NamedTuple):
     """An engine's part of a receipt. Times in seconds, None for what was not reached.
 
-    queue: until the first of the request's choices was computed on; prefill: from there to its first token; decode:
+    queue: until the first of the request's choices was computed on; prefill: from there to the first token; decode:
     from there to the last token of all.
     """
 
@@ -38,21 +38,31 @@ class Timing:
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
 
-    def token(self, count: int) -> None:
+    def token(self, count: int, now: float) -> None:
         """So many tokens have come."""
         self.num_tokens += count
-        self.last_token_at = time.perf_counter()
+        self.last_token_at = now
         if self.first_token_at is None:
-            self.first_token_at = self.last_token_at
+            self.first_token_at = now
+
+    @property
+    def queue(self) -> float | None:
+        """Seconds until it was first computed on."""
+        return _between(self.accepted_at, self.started_at)
+
+    @property
+    def prefill(self) -> float | None:
+        """Seconds from there to its first token."""
+        return _between(self.started_at, self.first_token_at)
+
+    @property
+    def decode(self) -> float | None:
+        """Seconds from there to its last token so far."""
+        return _between(self.first_token_at, self.last_token_at)
 
     def receipt(self, weights_sha256: str) -> EngineReceipt:
         """What became of it so far."""
-        return EngineReceipt(
-            queue=_between(self.accepted_at, self.started_at),
-            prefill=_between(self.started_at, self.first_token_at),
-            decode=_between(self.first_token_at, self.last_token_at),
-            weights_sha256=weights_sha256,
-        )
+        return EngineReceipt(self.queue, self.prefill, self.decode, weights_sha256)
 
 
 class WeightsDigest:

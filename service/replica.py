@@ -16,12 +16,14 @@ from service.admission import Admission, backlog, unprefilled
 from service.autoscaling import Load
 from service.balance import RouteHint, Standing
 from service.channel import Accepted, Details, EngineInfo, Outbox, Output, Refused, Submission
+from service.exposition import Exposition, export
 from service.logs import fields, install
 from service.metrics import EngineMetrics
 from service.receipt import EngineReceipt, Timing, WeightsDigest
 from service.telemetry import Telemetry, Trail
 
 if TYPE_CHECKING:
+    from model.engine.engine import Engine
     from model.engine.request import Request, TokenOutput
     from model.engine.stats import StepStats
     from model.sampling.grammar import Grammar, GrammarCompiler
@@ -44,17 +46,18 @@ class Queue(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """Where a request's outputs go, the request, and what is noted of it for those who ask."""
+    """Where a request's outputs go, the request, and what is noted of it."""
 
     outbox: Outbox
     request: "Request"
-    timing: Timing | None
+    timing: Timing
     trail: Trail
 
 
 class EngineReplica:
     """Token ids in, token ids out. Text, HTTP and retries are the ingress' business.
 
+    exporter_host: where its metrics are exposed by themselves, beside what an ingress asks for.
     Raises `CheckpointError` or `ConfigError` when the model cannot be loaded.
     """
 
@@ -65,6 +68,7 @@ class EngineReplica:
         engine_options: dict[str, Any],
         queue: Queue,
         telemetry: Telemetry | None = None,
+        exporter_host: str | None = None,
     ) -> None:
         # torch is imported here and not above: an ingress reads this module too, and does without torch's 200 MB.
         from model.checkpoint import inspect_checkpoint
@@ -81,15 +85,18 @@ class EngineReplica:
         max_tokens = queue.max_backlog_tokens or self._capacity * self._engine.max_model_len // 4
         self._admission = Admission(config.max_num_seqs, self._capacity, max_tokens)
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
-        self._metrics = EngineMetrics(model_name, self._replica_id)
         self._tracer: Tracer | None = None
         if telemetry is not None:  # this process is ours alone
             install(telemetry, f"engine/{self._replica_id}", quotes_errors=True)  # it knows no text
             self._tracer = telemetry.tracer(self._replica_id)
         self._outboxes: dict[str, Outbox] = {}
         self._owners: dict[str, Owner] = {}
+        self._metrics = EngineMetrics(model_name, self._replica_id)
+        self._metrics.describe(*facts(self._engine))
+        self._metrics.observe_backlog(lambda: backlog([owner.request for owner in list(self._owners.values())]))
+        self._exporter = None if exporter_host is None else export(self._metrics.registry, exporter_host)
         self._weights = WeightsDigest(self._model)
-        self._timings: dict[str, Timing] = {}  # the newest last
+        self._timings: dict[str, Timing] = {}  # of those that want a receipt, the newest last
         self._unstarted: dict[Request, Timing] = {}  # until the engine's thread takes them out
         self._compiling: set[str] = set()
         self._compiler: GrammarCompiler | None = None
@@ -111,8 +118,7 @@ class EngineReplica:
         """
         if not self._loop.is_alive:
             return Refused(self._replica_id, "failed", f"the engine stopped: {self._loop.failure}")
-        timed = bool(submissions) and submissions[0].timed
-        timing = Timing() if timed or logger.isEnabledFor(logging.INFO) else None
+        timing = Timing()
         unfinished = [owner.request for owner in self._owners.values()]
         if refusal := self._admission.refusal(unfinished, len(self._compiling), submissions):
             self._metrics.refused(refusal.reason)
@@ -138,7 +144,7 @@ class EngineReplica:
                 return Refused(self._replica_id, "invalid", str(error), param=error.param)
             started.append(submission.request_id)
             leaders.setdefault(prompt, request)
-        if timing is not None and timed and started:
+        if started and submissions[0].timed:
             self._timings[started[0]] = timing
             if len(self._timings) > MAX_TIMINGS:
                 del self._timings[next(iter(self._timings))]
@@ -172,10 +178,9 @@ class EngineReplica:
         timing = self._timings.pop(request_id, None)
         return None if timing is None else timing.receipt(await asyncio.to_thread(self._weights.wait))
 
-    async def metrics(self) -> str:
-        """This replica's registry in Prometheus' text format."""
-        self._metrics.backlog.set(backlog([owner.request for owner in self._owners.values()]))
-        return self._metrics.expose()
+    async def metrics(self, pin: str | None = None) -> Exposition:
+        """What this replica counts."""
+        return Exposition("Engine", self._replica_id, self._metrics.expose(), self._exporter)
 
     def record_routing_stats(self) -> dict[str, float]:
         """What the routers of all ingresses should know, asked by Serve every second: a `service.balance.Standing`."""
@@ -246,7 +251,7 @@ class EngineReplica:
         outbox: Outbox,
         leader: "Request | None",
         grammar: "Grammar | None",
-        timing: Timing | None,
+        timing: Timing,
     ) -> "Request":
         from model.engine.request import Request
 
@@ -268,9 +273,8 @@ class EngineReplica:
             raise InvalidRequest(f"what was said so far cannot go on here: {error}") from error
         # Owned before it is started: the first output may come before `submit` returns.
         self._owners[submission.request_id] = Owner(outbox, request, timing, submission.trail)
-        if timing is not None:
-            timing.num_open += 1
-            self._unstarted[request] = timing
+        timing.num_open += 1
+        self._unstarted[request] = timing
         outbox.request_ids.add(submission.request_id)
         try:
             self._loop.submit(request)
@@ -287,10 +291,11 @@ class EngineReplica:
         owner.outbox.request_ids.discard(request_id)
         if reason == "error":
             logger.error("the engine failed on this request", extra=fields(request_id=owner.trail.request_id))
-        if (timing := owner.timing) is None:
-            return
+        self._unstarted.pop(owner.request, None)
+        timing = owner.timing
         timing.num_open -= 1
         if timing.num_open == 0 and reason != "invalid":
+            self._metrics.observe_request(timing)
             seconds = timing.receipt("")
             about = {"queue": seconds.queue, "prefill": seconds.prefill, "decode": seconds.decode}
             logger.info("done", extra=fields(request_id=owner.trail.request_id, tokens=timing.num_tokens, **about))
@@ -315,31 +320,35 @@ class EngineReplica:
         self._metrics.observe_step(stats)
         if stats.num_tokens:
             self._admission.observe(stats.num_tokens, stats.seconds)
-        if self._unstarted:
+        if self._unstarted and stats.num_tokens:
             self._look_who_started(stats.seconds)
         if outputs and self._event_loop is not None:
             self._event_loop.call_soon_threadsafe(self._fan_out, outputs)
 
     def _look_who_started(self, step_seconds: float) -> None:
-        """In the engine's thread, behind a step: which of the timed requests were in it for the first time?"""
+        """In the engine's thread, behind a step: which requests were in it for the first time?
+
+        It looks at those of the step, not at those that wait: there may be thousands.
+        """
         started_at = time.perf_counter() - step_seconds
-        for request, timing in list(self._unstarted.items()):
-            if request.num_computed_tokens or request.request_id not in self._owners:
-                del self._unstarted[request]
-                if timing.started_at is None:
-                    timing.started_at = started_at
+        for scheduled in self._engine.scheduled.requests:
+            timing = self._unstarted.pop(scheduled.request, None)
+            if timing is not None and timing.started_at is None:
+                timing.started_at = started_at
 
     def _fan_out(self, outputs: "list[TokenOutput]") -> None:
+        now = time.perf_counter()
         by_outbox: dict[Outbox, list[Output]] = {}
         for output in outputs:
             owner = self._owners.get(output.request_id)
             if owner is None:  # aborted while the step ran
                 continue
             outbox = owner.outbox
-            if owner.timing is not None and output.token_ids:
-                owner.timing.token(len(output.token_ids))
+            if output.token_ids:
+                owner.timing.token(len(output.token_ids), now)
+            details = _details(output, None if output.finish_reason is None else now - owner.timing.accepted_at)
             by_outbox.setdefault(outbox, []).append(
-                (output.request_id, output.token_ids, output.finish_reason, output.num_cached_tokens, _details(output))
+                (output.request_id, output.token_ids, output.finish_reason, output.num_cached_tokens, details)
             )
             if output.finish_reason is not None:
                 self._let_go(output.request_id, output.finish_reason)
@@ -360,7 +369,27 @@ class EngineReplica:
                     await self._drop(channel_id)
 
 
-def _details(output: "TokenOutput") -> Details | None:
-    if output.logprobs is None and output.prompt_logprobs is None and output.attention is None:
+def facts(engine: "Engine") -> tuple[dict[str, object], dict[str, object]]:
+    """What does not change while an engine lives: of its model, and of its cache."""
+    config, pool = engine.config, engine.runner.compute.pool
+    model = {
+        "dtype": config.dtype,
+        "kernels": type(engine.runner.compute).__name__.removesuffix("Forward").lower(),
+        "device": str(engine.device),
+        "max_model_len": engine.max_model_len,
+    }
+    num_blocks = engine.scheduler.blocks.num_blocks
+    cache = {
+        "block_size": config.block_size,
+        "num_blocks": num_blocks,
+        "num_tokens": num_blocks * config.block_size,
+        "cache_dtype": str(pool.keys.dtype).removeprefix("torch."),
+        "prefix_caching": config.prefix_cache,
+    }
+    return model, cache
+
+
+def _details(output: "TokenOutput", engine_seconds: float | None) -> Details | None:
+    if (output.logprobs, output.prompt_logprobs, output.attention, engine_seconds) == (None,) * 4:
         return None
-    return Details(output.logprobs, output.prompt_logprobs, output.attention)
+    return Details(output.logprobs, output.prompt_logprobs, output.attention, engine_seconds)

@@ -5,7 +5,7 @@ A test holds the two together: schemathesis validates what comes back against th
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, RootModel
 
 
 class Answer(BaseModel):
@@ -190,3 +190,14 @@ class Version(Answer):
     """The release."""
 
     version: str
+
+
+class Target(Answer):
+    """A process that exposes its metrics by itself, in Prometheus' words."""
+
+    targets: list[str]
+    labels: dict[str, str]
+
+
+class Targets(RootModel[list[Target]]):
+    """All of them."""

@@ -49,6 +49,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("get", "/ready"): Operation(answers.Status),
     ("get", "/version"): Operation(answers.Version),
     ("get", "/metrics"): Operation(None),
+    ("get", "/metrics/targets"): Operation(answers.Targets),
 }
 
 router = APIRouter()

@@ -8,7 +8,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.errors import InvalidRequest
-from service.api.errors import error_response
+from service.api.errors import describe, error_response
 from service.call import Call, attach
 from service.logs import current_request
 from service.metrics import IngressMetrics
@@ -58,6 +58,7 @@ class Envelope:
             if sane:
                 await self._app(scope, receive, send_counted)
             else:
+                call.failed(INSANE_ID)
                 await error_response(INSANE_ID)(scope, receive, send_counted)
         except Exception as error:
             call.failed(error)
@@ -65,6 +66,8 @@ class Envelope:
             if not status:
                 await error_response(error)(scope, receive, send_counted)
         finally:
+            if call.error is not None:
+                self._metrics.failed(describe(call.error)[1]["error"]["type"])
             self._book.close(scope, call, _route(scope), status)
 
 

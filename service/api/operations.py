@@ -1,15 +1,18 @@
 """The routes beside generation: which model, is it well, how is it doing."""
 
+import asyncio
+
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from service import __version__
 from service.api.body import unknown_model
 from service.completion import Service
-from service.metrics import CONTENT_TYPE, merge
+from service.errors import NotFound
+from service.exposition import CONTENT_TYPE, Exposition, targets
 
 READY_TIMEOUT_S = 2.0
-METRICS_TIMEOUT_S = 2.0
+METRICS_TIMEOUT_S = 2.0  # and half as much again where a replica hangs: within a scrape's 5 s
 
 router = APIRouter()
 
@@ -46,16 +49,31 @@ async def ready(request: Request) -> Response:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """This ingress' instruments and those of every engine replica, in Prometheus' text format."""
+    """What every ingress and every engine replica counts, in Prometheus' text format."""
     service: Service = request.app.state.service
-    engines = await service.dispatcher.expositions(METRICS_TIMEOUT_S)
-    return Response(merge([service.metrics.expose(), *engines]), headers={"content-type": CONTENT_TYPE})
+    return Response(service.view.page(await _expositions(service)), headers={"content-type": CONTENT_TYPE})
+
+
+@router.get("/metrics/targets")
+async def metrics_targets(request: Request) -> Response:
+    """Where each of them exposes the same by itself, for Prometheus' `http_sd`."""
+    found = targets(await _expositions(request.app.state.service))
+    if not found:
+        raise NotFound("no process exposes metrics of its own here; start the service with --metrics-host")
+    return JSONResponse(found)
 
 
 @router.get("/version")
 async def version() -> Response:
     """Which release of Attendant this is."""
     return JSONResponse({"version": __version__})
+
+
+async def _expositions(service: Service) -> list[Exposition]:
+    engines, others = await asyncio.gather(
+        service.dispatcher.expositions(METRICS_TIMEOUT_S), service.view.others(METRICS_TIMEOUT_S)
+    )
+    return [service.view.own(service.metrics.expose()), *others, *engines]
 
 
 def _card(service: Service) -> dict[str, object]:

@@ -311,7 +311,9 @@ async def test_a_client_that_leaves_before_the_first_token_stops_the_engine(serv
         await call
         while not fleet.replicas["a"].aborted:
             await asyncio.sleep(0)
-    assert 'attendant_client_disconnects_total{model="tiny"} 1.0' in service.metrics.expose()
+    assert 'attendant_client_disconnects_total{deployment="Ingress",model="tiny",replica="local"} 1.0' in (
+        service.metrics.expose()
+    )
 
 
 async def test_the_metrics_know_no_path_that_a_client_made_up(api: httpx.AsyncClient, service: Service) -> None:

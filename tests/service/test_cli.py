@@ -152,4 +152,4 @@ def test_on_sigterm_an_open_stream_is_finished_and_nothing_is_left_behind(on_ser
 
 def test_the_help_names_every_command() -> None:
     text = attendant("--help").stdout
-    assert all(command in text for command in ("serve", "generate", "keys", "train", "evaluate", "version"))
+    assert all(command in text for command in ("serve", "top", "generate", "keys", "train", "evaluate", "version"))
