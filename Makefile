@@ -8,6 +8,7 @@ REPLICAS ?= 1
 MODEL    ?= model/checkpoints/storyteller
 ARGS     ?=
 HOST     ?= http://127.0.0.1:$(PORT)
+PROMETHEUS ?= 127.0.0.1:9090
 SLO      ?= --slo ttft_p99=300ms --slo tpot_p99=30ms
 
 # Engines to compare with: their own Python, and llama.cpp from the source distribution of its Python binding.
@@ -17,7 +18,7 @@ PEERS_JOBS ?= 1
 LLAMA_CPP  := 0.3.36
 
 .DELETE_ON_ERROR:
-.PHONY: serve test faults check coverage loadtest capacity train compatibility evaluate peers lock clean
+.PHONY: serve test faults check coverage loadtest capacity prometheus prometheus-test train compatibility evaluate peers lock clean
 
 serve: $(VENV)/.serve
 	@exec $(BIN)/attendant serve --model "$(MODEL)" --port $(PORT) --replicas $(REPLICAS) $(ARGS)
@@ -44,6 +45,17 @@ loadtest: $(VENV)/.load
 # The highest rate that keeps these objectives: about ten minutes with the service to itself.
 capacity: $(VENV)/.load
 	$(BIN)/attendant-load capacity --host $(HOST) $(SLO) $(ARGS)
+
+# Prometheus (a package of Debian's) beside the running service, with our rules; `attendant top` needs nothing.
+prometheus:
+	@mkdir -p runs/prometheus
+	@cp deploy/prometheus/prometheus.yml deploy/prometheus/rules.yml runs/prometheus
+	@echo '[{"targets": ["127.0.0.1:$(PORT)"]}]' > runs/prometheus/targets.json
+	prometheus --config.file=runs/prometheus/prometheus.yml --storage.tsdb.path=runs/prometheus/data \
+	    --web.listen-address=$(PROMETHEUS) $(ARGS)
+
+prometheus-test: $(VENV)/.test
+	$(BIN)/python -m pytest tests/observe $(ARGS)
 
 train: $(VENV)/.train
 	$(BIN)/attendant train --out runs/storyteller $(ARGS)
