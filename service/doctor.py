@@ -160,7 +160,8 @@ def check_model(patient: Patient) -> Iterator[Finding]:
     from model.cache.pool import bytes_per_token
     from model.checkpoint import inspect_checkpoint
     from model.config import EngineConfig
-    from model.engine.memory import resolve_device, resolve_dtype, size_cache
+    from model.engine.memory import for_serving, resolve_device, resolve_dtype, size_cache
+    from model.kernels.cpu.build import find_built
     from model.text.chat_template import ChatTemplate
     from model.text.tokenizer import Tokenizer
 
@@ -178,6 +179,9 @@ def check_model(patient: Patient) -> Iterator[Finding]:
         template.close()
     try:
         config = EngineConfig(**dict(patient.engine_options))
+        slow_because: str | None = "the native step is not built"
+        if find_built() is not None:  # or else the question would build it
+            config, slow_because = for_serving(checkpoint.config, config)
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
         max_model_len, num_blocks = size_cache(checkpoint.config, config, dtype, device)
@@ -187,6 +191,9 @@ def check_model(patient: Patient) -> Iterator[Finding]:
     tokens = num_blocks * config.block_size
     cache = tokens * bytes_per_token(checkpoint.config, dtype)
     yield Finding("cache", "ok", f"{tokens} tokens, {cache / GIB:.2f} GiB; requests of up to {max_model_len}")
+    numbers = str(dtype).removeprefix("torch.") if config.dtype != "int8" else "int8"
+    why = "" if slow_because is None else f"; torch computes: {slow_because.splitlines()[0]}"
+    yield Finding("numbers", "ok", numbers + why)
     if device.type == "cpu":
         yield check_memory(weights + cache + PROCESSES_BYTES)
 

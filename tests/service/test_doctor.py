@@ -103,10 +103,18 @@ def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_model_is_told_with_the_cache_that_it_would_get(tiny_model: Path) -> None:
     options = (("kv_cache_tokens", 4096),)
-    model, cache, memory = doctor.check_model(Patient(tiny_model, HERE, engine_options=options))
-    assert {model.level, cache.level, memory.level} == {"ok"}
+    model, cache, numbers, memory = doctor.check_model(Patient(tiny_model, HERE, engine_options=options))
+    assert {model.level, cache.level, numbers.level, memory.level} == {"ok"}
+    assert numbers.value.startswith(("bfloat16", "float32"))
     assert cache.value.startswith("4096 tokens")
     assert "up to 1024" in cache.value
+
+
+def test_to_look_at_a_model_builds_nothing(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "DIRECTORIES", (tmp_path,))
+    _, _, numbers, _ = doctor.check_model(Patient(tiny_model, HERE))
+    assert "torch computes: the native step is not built" in numbers.value
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
