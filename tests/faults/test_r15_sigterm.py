@@ -15,13 +15,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 STREAMS = 20
 DRAIN_SECONDS = 60
+PLANES = ["haproxy", "default"][: scaled(1, 2)]
 
 
-async def test_open_streams_end_and_new_work_is_sent_away(served_model: Path) -> None:
+@pytest.mark.parametrize("plane", PLANES)
+async def test_open_streams_end_and_new_work_is_sent_away(served_model: Path, plane: str) -> None:
     """Left to Serve alone, the route goes away at once: new work gets a 404 that tells a client never to come back.
     With a grace shorter than the streams, as the 20 s were that stood here once, streams end in the middle.
     """
-    running = start(served_model, "--kv-cache-tokens", "32768", "--drain-seconds", str(DRAIN_SECONDS))
+    options = ["--kv-cache-tokens", "32768", "--drain-seconds", str(DRAIN_SECONDS), "--data-plane", plane]
+    running = start(served_model, *options)
     children = running.children()
     async with httpx.AsyncClient(base_url=running.url, timeout=DRAIN_SECONDS) as client:
         stories = [Story() for _ in range(STREAMS)]
