@@ -1,4 +1,4 @@
-"""Other ways to choose a replica, which ours is measured against."""
+"""Another way to choose a replica, which ours is measured against."""
 
 import random
 
@@ -14,11 +14,3 @@ class PowerOfTwoRouter(PinnedRouter):
     def _rank(self, replicas: list[RunningReplica], hint: RouteHint, call: PendingRequest) -> list[str]:
         blind = RouteHint(open_streams=hint.open_streams, avoid=hint.avoid)
         return super()._rank(random.sample(replicas, min(2, len(replicas))), blind, call)
-
-
-class StickyRouter(PinnedRouter):
-    """The longest cached prefix, whatever waits there."""
-
-    def _rank(self, replicas: list[RunningReplica], hint: RouteHint, call: PendingRequest) -> list[str]:
-        order = super()._rank(replicas, hint, call)
-        return sorted(order, key=lambda replica_id: -hint.cached.get(replica_id, 0))

@@ -2,7 +2,7 @@
 
 Three replicas of the embedded model, each with a cache that holds ten of 24 prefixes of 896 tokens. Requests with a
 tail of their own behind a prefix drawn at random come from a few clients in turn; then many ask for one new prefix at
-once. Ours, power of two choices, and affinity without load take the same requests, each with a service of its own.
+once. Our router and power of two choices take the same requests, each with a service of its own.
 """
 
 import asyncio
@@ -26,10 +26,9 @@ ROOT = Path(__file__).parent.parent.parent
 ROUTERS = {
     "prefix affinity and load": "service.router:PinnedRouter",
     "power of two choices": "tests.service.baselines:PowerOfTwoRouter",
-    "prefix affinity alone": "tests.service.baselines:StickyRouter",
 }
 LAUNCH = "import sys, service.app, service.cli; service.app.ROUTER = sys.argv.pop(1); service.cli.main()"
-OPTIONS = ["--replicas", "3", "--kv-cache-tokens", "10240", "--max-num-seqs", "8"]
+OPTIONS = ["--dtype", "fp32", "--replicas", "3", "--kv-cache-tokens", "10240", "--max-num-seqs", "8"]
 
 NUM_PREFIXES, PREFIX_TOKENS, TAIL_TOKENS = 24, 896, 24
 NUM_CLIENTS, NUM_WARM_UP, NUM_REQUESTS, SHORT = 3, 72, 240, 8
