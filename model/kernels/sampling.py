@@ -1,0 +1,163 @@
+"""One token a row, on the device: greedy, or drawn after min-p, top-k and top-p, without a sort and without a sync.
+
+What is drawn is what `model.sampling.draw` defines: the first token, in the order of ids, at which the cumulative
+distribution passes the number keyed by (seed, position). The two may differ only where that number, or the border of a
+nucleus, falls within the rounding of a sum.
+
+A bar below which tokens are out is found by halving the range of logits, as ordered integers, until one is left: each
+pass only counts, or adds up, what lies above. A row that asks for neither top-k nor top-p takes no such pass.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 256  # of ids: sums are of one block in fp32, then over blocks in fp64
+BLOCKS = 16  # at a time
+FAR = tl.constexpr(104.0)  # so far below the largest logit a weight is zero in fp32
+
+
+class SamplingRows(NamedTuple):
+    """What requests ask for, on the device, a row each: temperature, top_p, min_p in fp32; top_k, seed in int64."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+
+
+@triton.jit
+def _mixed(x):
+    """SplitMix64 (Steele et al. 2014)."""
+    x = x + 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _ordered(x):
+    """An int32 for each float, in the same order."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _load_blocks(logits_ptr, first, vocab_size, temperature, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """The ids of some blocks from `first` on and their logits over the temperature, [BLOCKS, BLOCK] each."""
+    token = first + tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    logits = tl.load(logits_ptr + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
+    return token, logits / temperature
+
+
+@triton.jit
+def _above(
+    logits_ptr, vocab_size, temperature, largest, bar, COUNT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
+):
+    """How many tokens lie above `bar`, an ordered logit, or what they weigh."""
+    total = tl.zeros([1], tl.float64)
+    for first in range(0, vocab_size, BLOCK * BLOCKS):
+        _, logits = _load_blocks(logits_ptr, first, vocab_size, temperature, BLOCK, BLOCKS)
+        weights = tl.where(logits == logits, 1.0, 0.0) if COUNT else tl.exp(logits - largest)
+        total += tl.sum(tl.sum(tl.where(_ordered(logits) > bar, weights, 0.0), axis=1).to(tl.float64))
+    return tl.sum(total)
+
+
+@triton.jit
+def _lowest_kept(
+    logits_ptr, vocab_size, temperature, largest, low, limit,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The lowest ordered logit, from `low` on, above which there is less than `limit`."""
+    high = _ordered(largest).to(tl.int64)
+    low = low.to(tl.int64)
+    while low < high:
+        middle = (low + high) >> 1
+        above = _above(logits_ptr, vocab_size, temperature, largest, middle, COUNT, BLOCK, BLOCKS)
+        enough = above < limit
+        high = tl.where(enough, middle, high)
+        low = tl.where(enough, low, middle + 1)
+    return low
+
+
+@triton.jit
+def _draw(
+    logits_ptr, vocab_size, temperature, largest, bar, uniform, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """The first token at which the cumulative weight of what is kept passes `uniform` times its total."""
+    total = _above(logits_ptr, vocab_size, temperature, largest, bar - 1, False, BLOCK, BLOCKS)
+    target = uniform * total
+    before, passed, found = total * 0.0, total * 0.0, total.to(tl.int64) * 0
+    for first in range(0, vocab_size, BLOCK * BLOCKS):
+        _, logits = _load_blocks(logits_ptr, first, vocab_size, temperature, BLOCK, BLOCKS)
+        weights = tl.where(_ordered(logits) >= bar, tl.exp(logits - largest), 0.0)
+        cumulative = before + tl.cumsum(tl.sum(weights, axis=1).to(tl.float64), axis=0)
+        passes = (cumulative <= target) & (cumulative < total)  # rounding can put the target at the very end
+        found += tl.sum(passes.to(tl.int64))
+        passed = tl.maximum(passed, tl.max(tl.where(passes, cumulative, 0.0)))
+        before = tl.max(cumulative)
+    token = found * BLOCK + tl.arange(0, BLOCK)
+    logits = tl.load(logits_ptr + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32) / temperature
+    weights = tl.where(_ordered(logits) >= bar, tl.exp(logits - largest), 0.0).to(tl.float64)
+    cumulative = tl.cumsum(weights, axis=0)
+    passes = (cumulative <= target - passed) & (cumulative < tl.max(cumulative))
+    return found * BLOCK + tl.sum(passes.to(tl.int64))
+
+
+@triton.jit
+def _sample(
+    logits_ptr, rows_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr,
+    ids_ptr, usable_ptr, stride, vocab_size, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One row of logits, by the parameters of its request's row."""
+    index = tl.program_id(0)
+    logits_ptr += index.to(tl.int64) * stride
+    row = tl.load(rows_ptr + index)
+    largest, chosen = float("-inf"), row * 0
+    strange = 0
+    for first in range(0, vocab_size, BLOCK * BLOCKS):
+        token, logits = _load_blocks(logits_ptr, first, vocab_size, 1.0, BLOCK, BLOCKS)
+        strange += tl.sum((logits != logits).to(tl.int32))
+        here = tl.max(logits)
+        where = tl.min(tl.where(logits == here, token, vocab_size - 1)).to(tl.int64)
+        chosen = tl.where(here > largest, where, chosen)
+        largest = tl.maximum(largest, here)
+    usable = (strange == 0) & (largest > float("-inf")) & (largest < float("inf"))
+    temperature = tl.load(temperature_ptr + row)
+    if usable & (temperature > 0):
+        largest = largest / temperature
+        bar = _ordered(largest - FAR).to(tl.int64)
+        min_p, top_k, top_p = tl.load(min_p_ptr + row), tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+        if min_p > 0:
+            bar = tl.maximum(bar, _ordered(largest + tl.log(min_p)).to(tl.int64))
+        if top_k > 0:
+            bar = _lowest_kept(logits_ptr, vocab_size, temperature, largest, bar, top_k, True, BLOCK, BLOCKS)
+        if top_p < 1:
+            kept = _above(logits_ptr, vocab_size, temperature, largest, bar - 1, False, BLOCK, BLOCKS)
+            limit = top_p * kept
+            bar = _lowest_kept(logits_ptr, vocab_size, temperature, largest, bar, limit, False, BLOCK, BLOCKS)
+        seed, position = tl.load(seed_ptr + row).to(tl.uint64), tl.load(positions_ptr + index).to(tl.uint64)
+        # 48 bits, as in `keyed_uniforms`.
+        uniform = (_mixed(_mixed(seed) + position) >> 16).to(tl.float64) * 3.552713678800501e-15
+        chosen = _draw(logits_ptr, vocab_size, temperature, largest, bar, uniform, BLOCK, BLOCKS)
+    tl.store(ids_ptr + index, chosen)
+    tl.store(usable_ptr + index, usable)
+
+
+def sample(logits: Tensor, table: SamplingRows, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids, and whether the row was one of numbers, not all of them -inf: both [n].
+
+    logits: [n, vocab_size], -inf where a token is out; table: what requests ask for; rows: [n], whose row each is;
+    positions: [n], where the sampled token will stand.
+    """
+    ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    usable = torch.empty(len(logits), dtype=torch.bool, device=logits.device)
+    _sample[(len(logits),)](
+        logits, rows, positions, table.temperature, table.top_k, table.top_p, table.min_p, table.seed, ids, usable,
+        logits.stride(0), logits.shape[1], BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=8,
+    )  # fmt: skip
+    return ids, usable
