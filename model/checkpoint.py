@@ -5,8 +5,9 @@ one. `inspect_checkpoint` finds most of it from the headers alone, before anythi
 """
 
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ class Checkpoint:
     family: Family
     files: Mapping[str, TensorFile]
     bare: bool
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers in all tensors."""
+        return sum(math.prod(file.entries[self.stored_name(name)].shape) for name, file in self.files.items())
 
     def stored_name(self, tensor: str) -> str:
         """What the file calls a tensor."""
@@ -95,11 +101,7 @@ def save_checkpoint(decoder: Decoder, directory: Path, dtype: torch.dtype = torc
         raise CheckpointError(f"{directory}: not written: folded or quantized, the decoder has no {lost[0]!r} any more")
     family = LLAMA if _is_llama(config) else ATTENDANT
     directory.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in decoder.named_parameters():
-        parts = _parts(config, family, name, len(parameter))
-        for their, part in zip(parts, parameter.detach().split(list(parts.values())), strict=True):
-            tensors[their] = part.to("cpu", dtype).clone()
+    tensors = {name: tensor.to("cpu", dtype).clone() for name, tensor in published_tensors(decoder, family)}
     eos = config.eos_token_ids
     raw = {
         **(_llama_fields(config) if family is LLAMA else {"model_type": "attendant", **asdict(config)}),
@@ -110,6 +112,15 @@ def save_checkpoint(decoder: Decoder, directory: Path, dtype: torch.dtype = torc
     raw.pop("eos_token_ids", None)
     (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def published_tensors(decoder: Decoder, family: Family) -> Iterator[tuple[str, Tensor]]:
+    """A decoder's weights under the names and in the pieces that a family publishes them in: views of ours. Families
+    that store norms or transposed weights in another way are none of these.
+    """
+    for name, parameter in decoder.named_parameters():
+        parts = _parts(decoder.config, family, name, len(parameter))
+        yield from zip(parts, parameter.detach().split(list(parts.values())), strict=True)
 
 
 def _is_llama(config: ModelConfig) -> bool:

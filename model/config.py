@@ -15,6 +15,7 @@ Norm = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "both"]
 QKNorm = Literal["none", "head", "projection"]
 Kernels = Literal["auto", "torch", "native", "triton"]
+CacheDtype = Literal["auto", "fp8"]
 RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -237,6 +238,10 @@ class EngineConfig:
     deterministic: fixed shapes in every product and sum, so that a request's tokens depend, to the last bit, neither on
         its batch nor on chunks, preemption or prefix hits. It costs speed, except with native kernels, which are so
         anyway.
+    overlap: launch a step before the host has read what the one before it gave; None: on a GPU.
+    cuda_graphs: on a GPU, capture decode steps at the start and replay them.
+    gpu_memory_utilization: the part of a GPU's memory that weights, steps and cache may take together.
+    kv_cache_dtype: `auto`: as the kernels like it; `fp8` (e4m3): half of bf16's bytes, for Triton's kernels.
     kernels: what computes a step: `native` (on the CPU, in bf16 or int8), `triton` (on a GPU), `torch`, or whichever is
         faster and possible.
     """
@@ -253,10 +258,15 @@ class EngineConfig:
     speculation_max_seqs: int = 8
     deterministic: bool = False
     num_threads: int | None = None
+    overlap: bool | None = None
+    cuda_graphs: bool = True
+    gpu_memory_utilization: float = 0.9
+    kv_cache_dtype: CacheDtype = "auto"
     kernels: Kernels = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("kernels", self.kernels, Kernels)
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, CacheDtype)
         _check_choice("dtype", self.dtype, Dtype)
         _check_choice("device", self.device, Device)
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "speculation_max_seqs"):
@@ -268,8 +278,14 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization must lie in (0, 1], not {self.gpu_memory_utilization}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): each running request computes one token a step"
             )
+
+    def overlaps(self, device: str) -> bool:
+        """Whether steps overlap on a device of this type."""
+        return device == "cuda" if self.overlap is None else self.overlap

@@ -1,6 +1,7 @@
 """The parts of a decoder that are not attention: linear maps, norms, the MLP, the mixture of experts."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,13 +93,13 @@ class Int8Linear(nn.Module):
         return (product if self.bias is None else product + self.bias).to(x.dtype)
 
 
-def replace_linears(root: nn.Module, replacement: Callable[[Linear], nn.Module]) -> None:
-    """Put something else in the place of every `Linear` under `root`. Each is gone before the next one is looked at."""
+def replace_linears(root: nn.Module, replacement: Callable[[Any], nn.Module], kind: type[nn.Module] = Linear) -> None:
+    """Replace every module of a kind under `root`. Each is gone before the next one is looked at."""
     for name, child in root.named_children():
-        if isinstance(child, Linear):
+        if isinstance(child, kind):
             setattr(root, name, replacement(child))
         else:
-            replace_linears(child, replacement)
+            replace_linears(child, replacement, kind)
 
 
 class RMSNorm(nn.Module):

@@ -3,9 +3,13 @@
 Additive scores have no kernel: their layers go to `GatheredAttention`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.attention.gathered import GatheredAttention
@@ -34,18 +38,21 @@ class PagedStep:
     tiles: Tensor
 
     @classmethod
-    def of(cls, plan: AttentionPlan, group_size: int, device: torch.device) -> "PagedStep":
-        """Copy a plan to the device. group_size: query heads of one key/value head."""
-        return cls(
-            block_size=plan.block_size,
-            num_decodes=plan.num_decodes,
-            longest=int(plan.seq_lens[: plan.num_decodes].max(initial=0)),
-            slots=torch.from_numpy(plan.slot_mapping).to(device),
-            tables=torch.from_numpy(plan.block_tables).to(device, torch.int32),
-            lens=torch.from_numpy(plan.seq_lens).to(device, torch.int32),
-            starts=torch.from_numpy(plan.query_start_loc).to(device, torch.int32),
-            tiles=torch.from_numpy(prefill_tiles(plan, group_size)).to(device),
-        )
+    def of(cls, plan: AttentionPlan, tensors: Sequence[Tensor]) -> "PagedStep":
+        """tensors: the plan's `arrays`, on the device."""
+        longest = int(plan.seq_lens[: plan.num_decodes].max(initial=0))
+        return cls(plan.block_size, plan.num_decodes, longest, *tensors)
+
+    @staticmethod
+    def arrays(plan: AttentionPlan, group_size: int) -> list[NDArray[Any]]:
+        """What goes to the device. group_size: query heads of one key/value head."""
+        narrow = (plan.block_tables, plan.seq_lens, plan.query_start_loc)
+        return [plan.slot_mapping, *(array.astype(np.int32) for array in narrow), prefill_tiles(plan, group_size)]
+
+    @classmethod
+    def planned(cls, plan: AttentionPlan, group_size: int, device: torch.device) -> "PagedStep":
+        """A plan, copied to the device array by array."""
+        return cls.of(plan, [torch.from_numpy(array).to(device) for array in cls.arrays(plan, group_size)])
 
     def attend(self, scores: Scores, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention of the step's tokens, whose keys and values are stored. q: [num_tokens, num_heads, head_dim]; keys,
@@ -79,6 +86,6 @@ class PagedAttention:
         if scores.energy is not None:
             self._gathered = self._gathered or GatheredAttention(self.plan, self.pool)
             return self._gathered(scores, q, k, v)
-        step = self._step = self._step or PagedStep.of(self.plan, q.shape[1] // k.shape[1], q.device)
+        step = self._step = self._step or PagedStep.planned(self.plan, q.shape[1] // k.shape[1], q.device)
         self.pool.store(scores.layer, step.slots, k, v)
         return step.attend(scores, q, *self.pool.layer(scores.layer))

@@ -56,7 +56,7 @@ def _attend_splits(
             key = start + offset
             k, v = load_tile(
                 k_ptr, v_ptr, tables_ptr + seq * table_stride, key, length, slot_stride, kv_head * head_stride, dim,
-                DIM, BLOCK_SIZE,
+                q.dtype, DIM, BLOCK_SIZE,
             )  # fmt: skip
             seen = is_seen(length - 1, key, length, window, num_sinks, HAS_WINDOW)[None, :] & is_row[:, None]
             largest, total, weighted = attend_tile(
@@ -93,7 +93,7 @@ def _merge_splits(
         total = total * shrink + weight
         weighted = weighted * shrink + value * weight
         largest = new_largest
-    out = weighted / total
+    out = weighted / tl.where(total == 0.0, 1.0, total)  # a row that only pads the batch has seen nothing
     tl.store(out_ptr + (seq * num_heads + head) * DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < DIM)
 
 
@@ -113,7 +113,8 @@ def decode_attention(
 
     q: [num_seqs, num_heads, head_dim], of any strides but in its last dimension; keys, values: [num_slots,
     num_kv_heads, head_dim]; out: q's shape, contiguous; tables: [num_seqs, max_blocks]; lens: [num_seqs], at most
-    `longest`. What lies in a cache past a sequence's length is never read into the result, whatever it is.
+    `longest`, and 0 for rows that only pad the batch, which come out as zeros. What lies in a cache past a sequence's
+    length is never read into the result, whatever it is.
     """
     num_seqs, num_heads, dim = q.shape
     num_kv_heads = keys.shape[1]

@@ -69,7 +69,7 @@ def _attend_tile_of_rows(
         key = tl.where(i < num_sink_tiles, i * TILE, oldest + (i - num_sink_tiles) * TILE) + offset
         k, v = load_tile(
             k_ptr, v_ptr, tables_ptr + seq * table_stride, key, length, slot_stride, kv_head * head_stride, dim,
-            DIM, BLOCK_SIZE,
+            q.dtype, DIM, BLOCK_SIZE,
         )  # fmt: skip
         seen = is_seen(position[:, None], key[None, :], length, window, num_sinks, HAS_WINDOW) & is_row[:, None]
         largest, total, weighted = attend_tile(

@@ -10,6 +10,8 @@ from model.config import ModelConfig
 
 # A slot of the null block: its key and value are zero for ever.
 NULL_SLOT = 0
+FP8 = torch.float8_e4m3fn
+MAX_FP8 = 448.0  # what lies beyond is stored as this
 
 
 class KVPool:
@@ -18,7 +20,8 @@ class KVPool:
     Block 0 is the null block: no request ever owns it and nothing is ever stored in it, so it stays zero. Whatever pads
     a batch points there, and what freed blocks still hold, NaN included, can never reach a result.
 
-    keys, values: [num_layers, num_slots, num_kv_heads, head_dim], block 0 included.
+    keys, values: [num_layers, num_slots, num_kv_heads, head_dim], block 0 included. In fp8 they are rounded as they are
+    stored, without a scale.
     """
 
     def __init__(
@@ -29,18 +32,30 @@ class KVPool:
         self.keys = _zeros(shape, dtype, device)
         self.values = _zeros(shape, dtype, device)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it holds: the null block's slots are none."""
+        return self.keys.shape[1] - self.block_size
+
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [num_slots, num_kv_heads, head_dim]."""
         return self.keys[index], self.values[index]
 
     def gather(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer's `slots` [n], each [n, num_kv_heads, head_dim]: for who reads one sequence."""
-        return self.keys[layer].index_select(0, slots), self.values[layer].index_select(0, slots)
+        keys, values = (_bytes_of(x[layer]).index_select(0, slots).view(x.dtype) for x in (self.keys, self.values))
+        return keys, values
 
     def store(self, layer: int, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
         """Write new tokens into their slots. slot_mapping: [num_tokens]; k, v: [num_tokens, num_kv_heads, head_dim]."""
-        self.keys[layer].index_copy_(0, slot_mapping, k)
-        self.values[layer].index_copy_(0, slot_mapping, v)
+        for pool, new in ((self.keys, k), (self.values, v)):
+            new = new.clamp(-MAX_FP8, MAX_FP8) if pool.dtype == FP8 else new
+            _bytes_of(pool[layer]).index_copy_(0, slot_mapping, _bytes_of(new.to(pool.dtype)))
+
+
+def _bytes_of(x: Tensor) -> Tensor:
+    """The same memory, as what torch copies by index: it does not know how to for fp8."""
+    return x.view(torch.uint8) if x.dtype == FP8 else x
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

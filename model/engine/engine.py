@@ -1,6 +1,7 @@
 """The engine: requests are added, steps are taken, tokens come out. Open this file first.
 
-One step is schedule -> stage -> forward -> sample -> commit. Nothing else changes a request or touches the cache. An
+One step is schedule -> stage -> forward -> sample -> commit. Nothing else changes a request or touches the cache. On a
+GPU steps overlap: the next one is launched, its tokens still unread, before what the last one gave is taken in. An
 engine belongs to one thread; `model.engine.loop` gives it one of its own.
 """
 
@@ -11,16 +12,26 @@ from pathlib import Path
 import torch
 
 from model.attention.weights import AttentionRequest
-from model.checkpoint import load_checkpoint
+from model.checkpoint import inspect_checkpoint, load_checkpoint
 from model.config import EngineConfig
 from model.decoder import Decoder
-from model.engine.batch import decodes_first, stage
+from model.engine.batch import decodes_first
 from model.engine.forward import choose_kernels
-from model.engine.memory import resolve_device, resolve_dtype, returning_freed_memory, size_cache
+from model.engine.lockstep import Group, lead
+from model.engine.memory import (
+    check_weights_fit,
+    resolve_device,
+    resolve_dtype,
+    returning_freed_memory,
+    size_cache,
+)
 from model.engine.request import Request, TokenOutput
-from model.engine.runner import Runner
-from model.engine.scheduler import ScheduledStep, Scheduler
+from model.engine.runner import Flight, Runner
+from model.engine.scheduled import ScheduledStep
+from model.engine.scheduler import Scheduler
 from model.engine.stats import StepPhases, StepStats, Stopwatch
+from model.engine.transfer import transfers_for
+from model.engine.worst_case import CudaMemory, spare_bytes
 from model.errors import InvalidRequest
 from model.sampling.params import SamplingParams
 
@@ -28,11 +39,14 @@ from model.sampling.params import SamplingParams
 class Engine:
     """Continuous batching over one decoder: requests join and leave between steps.
 
-    stats: of the last step.
+    stats: of the last step; scheduled: what it launched.
     """
 
-    def __init__(self, decoder: Decoder, config: EngineConfig) -> None:
-        """Takes the decoder over. Raises `ConfigError` where the machine cannot do what `config` asks for."""
+    def __init__(self, decoder: Decoder, config: EngineConfig, group: Group | None = None) -> None:
+        """Takes the decoder over. Raises `ConfigError` where the machine cannot do what `config` asks for.
+
+        group: of processes that hold the decoder together, of which this one leads; the others `follow`.
+        """
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         weight = decoder.embedding
@@ -40,9 +54,18 @@ class Engine:
         self.model_config = decoder.config
         self.device = weight.device
         model, kernels = decoder.config, choose_kernels(decoder, config)
-        self.max_model_len, num_blocks = size_cache(model, config, kernels.cache_dtype(decoder), weight.device)
+        dtype, device = kernels.cache_dtype(decoder, config), weight.device
+        measured = device.type == "cuda" and config.kv_cache_tokens is None
+        spare = spare_bytes(decoder, config, kernels, CudaMemory(device)) if measured else None
+        self.max_model_len, num_blocks = size_cache(model, config, dtype, device, spare)
         self.scheduler = Scheduler(config, num_blocks, model.eos_token_ids, model.longest_sharing_prompt)
-        self.runner = Runner(kernels(decoder, config, num_blocks))
+        compute = lead(kernels, decoder, config, num_blocks, group)
+        self.runner = Runner(compute, transfers_for(weight.device))
+        # Guesses need to know the tokens that they follow; the followers of a group are sent them from the host.
+        self.overlaps = config.overlaps(device.type) and not config.speculative_tokens and group is None
+        self.scheduled = ScheduledStep(())
+        self._flight: Flight | None = None
+        self._outputs: list[TokenOutput] = []
         self.num_failed_steps = 0
         self._measure_idle()
 
@@ -51,6 +74,9 @@ class Engine:
         """Load a model directory. Raises `CheckpointError` and `ConfigError`."""
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
+        if device.type == "cuda":
+            num_weights = inspect_checkpoint(directory).num_weights
+            check_weights_fit(num_weights, config.dtype, device, torch.cuda.mem_get_info(device)[0])
         with returning_freed_memory():
             decoder = load_checkpoint(directory, dtype=dtype, device=device, int8=config.dtype == "int8")
             decoder.fold_scores()
@@ -99,33 +125,33 @@ class Engine:
         return found
 
     def step(self) -> list[TokenOutput]:
-        """Compute one step for all requests that fit. After an exception, `fail_step` says whom it hit."""
+        """Launch one step for all requests that fit, and take in one: the same, or, where steps overlap, the one that
+        was launched before. After an exception, `fail_step` ends those whom it hit.
+        """
         clock = Stopwatch()
-        self.scheduled = ScheduledStep(())
-        expired = self.scheduler.expire(time.monotonic())
+        self._outputs += self.scheduler.expire(time.monotonic())
+        if self.scheduler.is_short:
+            self._finish()
         step = self.scheduled = decodes_first(self.scheduler.schedule())
         self.runner.forget(self.scheduler.take_departed())
         schedule = clock.lap()
-        if not step.requests:
-            self._measure_idle()
-            return expired
-        batch = stage(step, self.config.block_size, self.device)
-        staged = clock.lap()
-        forwarded = self.runner.forward(batch)
-        forward = clock.lap()
-        sampled = self.runner.sample(batch, step, forwarded)
-        sample = clock.lap()
-        outputs = self.scheduler.commit(step, sampled)
-        phases = StepPhases(schedule, staged, forward, sample, clock.lap())
+        flight, phases = self._launch(step, clock) if step.requests else (None, StepPhases())
+        self._finish()
+        self._flight = flight
+        if not self.overlaps or step.is_read_at_once:
+            self._finish()
+        outputs = self._hand_out()
+        phases = phases._replace(schedule=schedule, commit=clock.lap())
         self.stats = self._measure(clock, phases, step.num_tokens, sum(len(output.token_ids) for output in outputs))
-        return expired + outputs
+        return outputs
 
     def fail_step(self) -> list[TokenOutput]:
-        """After `step` raised: end the requests of that step, spare the others."""
+        """After `step` raised: end the requests of the steps on their way, spare the others."""
         self.num_failed_steps += 1
-        outputs = self.scheduler.fail(self.scheduled)
+        self._flight = None
+        self._outputs += self.scheduler.fail()
         self._measure_idle()
-        return outputs
+        return self._hand_out()
 
     def generate(self, request: Request) -> Iterator[TokenOutput]:
         """Run one request to its end, step by step. For scripts and tests: it drives the engine itself."""
@@ -140,6 +166,25 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert the invariants of the cache. For tests, and for an idle service."""
         self.scheduler.check_integrity()
+
+    def _launch(self, step: ScheduledStep, clock: Stopwatch) -> tuple[Flight, StepPhases]:
+        batch = self.runner.stage(step, self.config.block_size, self._flight)
+        staged = clock.lap()
+        forwarded = self.runner.forward(batch)
+        forward = clock.lap()
+        flight = self.runner.sample(batch, step, forwarded)
+        return flight, StepPhases(stage=staged, forward=forward, sample=clock.lap())
+
+    def _finish(self) -> None:
+        """Take in what the step on its way has computed, if there is one."""
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            self._outputs += self.scheduler.commit(flight.step, self.runner.read(flight))
+
+    def _hand_out(self) -> list[TokenOutput]:
+        """What has come in since the last time: what was taken in before a step failed is not lost."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
 
     def _check_ids(self, what: str, token_ids: Sequence[int], param: str) -> None:
         vocab_size = self.model_config.vocab_size

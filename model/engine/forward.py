@@ -2,23 +2,30 @@
 
 import logging
 import os
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.attention.deterministic import DeterministicAttention
 from model.attention.gathered import GatheredAttention
+from model.attention.plan import AttentionPlan
 from model.attention.scores import Attend
 from model.cache.packed import PackedPool
-from model.cache.pool import KVPool
+from model.cache.pool import FP8, KVPool
 from model.config import EngineConfig, ModelConfig
 from model.decoder import Decoder, DecoderLayer
 from model.engine.batch import Batch
+from model.engine.graphs import DecodeGraphs, Inputs, Outputs, capture_for
 from model.errors import ConfigError
 from model.kernels.cpu.step import NativeStep, why_not
+from model.layers import Int8Linear, replace_linears
 
 logger = logging.getLogger(__name__)
+
+FIRST_WITH_FP8 = (8, 9)  # of CUDA's compute capabilities
 
 
 class Forwarded(NamedTuple):
@@ -35,10 +42,15 @@ class Forwarded(NamedTuple):
 
 
 class Forward(Protocol):
-    """A decoder with its cache."""
+    """A decoder with its cache. samples_on_device: whether our sampling kernel takes its logits."""
 
     config: ModelConfig
     pool: KVPool | PackedPool
+    samples_on_device: bool
+
+    def plan_arrays(self, plan: AttentionPlan) -> Sequence[NDArray[Any]]:
+        """What it wants of a step's plan on the device, as `Batch.plan_tensors`."""
+        ...
 
     def forward(self, batch: Batch) -> Forwarded:
         """Compute the step's tokens, and the logits of the rows that sample."""
@@ -53,6 +65,7 @@ class TorchForward:
     """The decoder itself, on any device and in any dtype."""
 
     pool: KVPool | PackedPool
+    samples_on_device = False
 
     def __init__(self, decoder: Decoder, config: EngineConfig, num_blocks: int) -> None:
         self.decoder, self.config = decoder, decoder.config
@@ -63,9 +76,13 @@ class TorchForward:
         self._attention = DeterministicAttention if config.deterministic else GatheredAttention
 
     @staticmethod
-    def cache_dtype(decoder: Decoder) -> torch.dtype:
+    def cache_dtype(decoder: Decoder, config: EngineConfig) -> torch.dtype:
         """Of keys and values."""
         return decoder.embedding.dtype
+
+    def plan_arrays(self, plan: AttentionPlan) -> Sequence[NDArray[Any]]:
+        """See `Forward`. It moves what it needs itself."""
+        return ()
 
     def forward(self, batch: Batch) -> Forwarded:
         """See `Forward`."""
@@ -81,6 +98,7 @@ class NativeForward:
     """The native CPU step, which has taken the decoder's weights."""
 
     pool: KVPool | PackedPool
+    samples_on_device = False
 
     def __init__(self, decoder: Decoder, config: EngineConfig, num_blocks: int) -> None:
         self.config = decoder.config
@@ -95,9 +113,13 @@ class NativeForward:
         torch.set_num_threads(1)
 
     @staticmethod
-    def cache_dtype(decoder: Decoder) -> torch.dtype:
+    def cache_dtype(decoder: Decoder, config: EngineConfig) -> torch.dtype:
         """Of keys and values."""
         return torch.bfloat16
+
+    def plan_arrays(self, plan: AttentionPlan) -> Sequence[NDArray[Any]]:
+        """See `Forward`. It moves what it needs itself."""
+        return ()
 
     def forward(self, batch: Batch) -> Forwarded:
         """See `Forward`."""
@@ -115,20 +137,25 @@ class TritonForward:
     """The decoder's products, with our Triton kernels between them."""
 
     pool: KVPool | PackedPool
+    samples_on_device = True
 
     def __init__(self, decoder: Decoder, config: EngineConfig, num_blocks: int) -> None:
-        from model.kernels.gpu.step import FusedStep  # there is no Triton where there is no GPU
+        from model.kernels.gpu.linear import WeightInt8Linear  # there is no Triton where there is no GPU
+        from model.kernels.gpu.step import FusedStep
 
+        replace_linears(decoder, WeightInt8Linear, Int8Linear)
         self.config, self.logits = decoder.config, decoder.logits
         weight = decoder.embedding
-        pool = KVPool(decoder.config, num_blocks, config.block_size, weight.dtype, weight.device)
+        dtype = self.cache_dtype(decoder, config)
+        pool = KVPool(decoder.config, num_blocks, config.block_size, dtype, weight.device)
         self.pool = pool
         self._step = FusedStep(decoder, pool)
+        self._graphs = self._capture(decoder, config, pool)
 
     @staticmethod
-    def cache_dtype(decoder: Decoder) -> torch.dtype:
+    def cache_dtype(decoder: Decoder, config: EngineConfig) -> torch.dtype:
         """Of keys and values."""
-        return decoder.embedding.dtype
+        return FP8 if config.kv_cache_dtype == "fp8" else decoder.embedding.dtype
 
     @staticmethod
     def why_not(decoder: Decoder, config: EngineConfig) -> str | None:
@@ -138,20 +165,64 @@ class TritonForward:
             return f"the device is {device}"
         if config.deterministic:
             return "deterministic sums are torch's"
+        if config.kv_cache_dtype == "fp8" and device == "cuda" and torch.cuda.get_device_capability() < FIRST_WITH_FP8:
+            return "the device knows no fp8"
         from model.kernels.gpu.step import why_not
 
         return why_not(decoder)
 
+    def plan_arrays(self, plan: AttentionPlan) -> Sequence[NDArray[Any]]:
+        """See `Forward`."""
+        return self._step.plan_arrays(plan)
+
     def forward(self, batch: Batch) -> Forwarded:
         """See `Forward`."""
-        hidden = self._step.forward(batch.token_ids, batch.positions, batch.prompt_lens, batch.plan, batch.inspection)
+        paged = self._step.paged(batch.plan, batch.plan_tensors)
+        if self._graphs is not None and self._graphs.fits(batch):
+            return Forwarded(*self._graphs.replay(batch, paged.slots, paged.lens, paged.tables))
+        hidden = self._step.forward(batch.token_ids, batch.positions, batch.prompt_lens, paged, batch.inspection)
         return Forwarded(hidden, self.logits(hidden[batch.sample_rows]))
+
+    def _capture(self, decoder: Decoder, config: EngineConfig, pool: KVPool) -> DecodeGraphs | None:
+        """Graphs of this decoder's decode steps, where that is possible and asked for."""
+        from model.kernels.gpu.step import why_not_captured
+
+        model, device, dtype = decoder.config, pool.keys.device, decoder.embedding.dtype
+        capture = capture_for(device) if config.cuda_graphs else None
+        if capture is None:
+            return None
+        if (reason := why_not_captured(decoder)) is not None:
+            logger.info("no CUDA graphs: %s", reason)
+            return None
+        rows = config.max_num_seqs
+        longest = min(config.max_model_len or model.max_position_embeddings, pool.num_tokens)
+        inputs = Inputs(rows, -(-longest // config.block_size), device)
+        outputs = Outputs(rows, model.hidden_size, model.vocab_size, dtype, device)
+        nothing = torch.zeros(0, 2, dtype=torch.int32, device=device)
+
+        @torch.inference_mode()
+        def run(size: int) -> None:
+            own = (inputs.slots[:size], inputs.tables[:size], inputs.lens[:size])
+            paged = self._step.decodes(size, longest, *own, nothing)
+            positions = inputs.positions[:size]
+            hidden = self._step.forward(inputs.token_ids[:size], positions, positions, paged)
+            outputs.hidden[:size].copy_(hidden)
+            outputs.logits[:size].copy_(self.logits(hidden))
+
+        return DecodeGraphs(inputs, outputs, rows, run, capture)
 
 
 def choose_kernels(
     decoder: Decoder, config: EngineConfig
 ) -> type[TorchForward] | type[NativeForward] | type[TritonForward]:
     """By what was asked for and what is possible. Raises `ConfigError` for kernels that cannot run this model here."""
+    kind = _choose(decoder, config)
+    if config.kv_cache_dtype == "fp8" and kind is not TritonForward:
+        raise ConfigError("kv_cache_dtype 'fp8' is for Triton's kernels, on a GPU; use 'auto'")
+    return kind
+
+
+def _choose(decoder: Decoder, config: EngineConfig) -> type[TorchForward] | type[NativeForward] | type[TritonForward]:
     on_gpu = decoder.embedding.device.type == "cuda"
     if config.kernels == "torch":
         return TorchForward

@@ -15,7 +15,6 @@ from model.kernels.cpu.step import why_never
 
 # Of the memory that is there, for keys and values. The CPU's is shared with everything else on the machine.
 CPU_SHARE = 0.1
-CUDA_SHARE = 0.8
 # Parameters of glibc's `mallopt`.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
@@ -29,8 +28,10 @@ def resolve_device(device: Device) -> torch.device:
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The dtype of weights and cache. int8 is quantized from fp32, its cache stays in fp32."""
-    if dtype == "auto":
+    """The dtype of weights and cache. int8 is of the weights alone: on the CPU it is quantized from fp32, and the cache
+    stays in fp32.
+    """
+    if dtype in ("auto", "int8"):
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if dtype == "bf16" else torch.float32
 
@@ -48,14 +49,18 @@ def for_serving(model: ModelConfig, config: EngineConfig) -> tuple[EngineConfig,
     return (replace(config, dtype="bf16") if reason is None else config), reason
 
 
-def size_cache(model: ModelConfig, config: EngineConfig, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+def size_cache(
+    model: ModelConfig, config: EngineConfig, dtype: torch.dtype, device: torch.device, spare: int | None = None
+) -> tuple[int, int]:
     """(max_model_len, num_blocks): every admitted request fits the cache alone, so the oldest one can always finish.
 
-    Raises `ConfigError` where what was asked for cannot be so.
+    spare: bytes that the cache may take, where that was measured. Raises `ConfigError` where what was asked for cannot
+    be so.
     """
     tokens = config.kv_cache_tokens
     if tokens is None:
-        affordable = int(_memory_for_cache(device)) // bytes_per_token(model, dtype)
+        num_bytes = _memory_for_cache(config, device) if spare is None else spare
+        affordable = num_bytes // bytes_per_token(model, dtype)
         tokens = min(affordable, config.max_num_seqs * (config.max_model_len or model.max_position_embeddings))
     num_blocks = tokens // config.block_size
     capacity = num_blocks * config.block_size
@@ -70,7 +75,7 @@ def size_cache(model: ModelConfig, config: EngineConfig, dtype: torch.dtype, dev
     if config.max_model_len > capacity:
         raise ConfigError(
             f"max_model_len {config.max_model_len} does not fit a cache of {capacity} tokens; "
-            f"raise kv_cache_tokens or lower max_model_len"
+            f"lower max_model_len to at most {capacity}, or raise kv_cache_tokens"
         )
     return config.max_model_len, num_blocks
 
@@ -95,9 +100,30 @@ def returning_freed_memory() -> Iterator[None]:
         libc.mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
 
 
-def _memory_for_cache(device: torch.device) -> float:
-    """Bytes that the cache may take."""
+def check_weights_fit(num_weights: int, dtype: Dtype, device: torch.device, free: int) -> None:
+    """Raise `ConfigError`, with what would fit, for weights that are larger than the device's free memory.
+
+    dtype: as it was asked for; free: bytes.
+    """
+    sizes = {name: num_weights * size for name, size in (("fp32", 4), ("bf16", 2), ("int8", 1))}
+    wanted = "int8" if dtype == "int8" else "bf16" if resolve_dtype(dtype, device) == torch.bfloat16 else "fp32"
+    if sizes[wanted] <= free:
+        return
+    fitting = [f"{name} ({gib(size)})" for name, size in sizes.items() if size <= free]
+    instead = f"they would fit in {' or '.join(fitting)}" if fitting else "no dtype is small enough"
+    raise ConfigError(
+        f"the weights take {gib(sizes[wanted])} in {wanted}, and {device} has {gib(free)} of memory free; {instead}"
+    )
+
+
+def gib(num_bytes: int) -> str:
+    """Bytes as people read them."""
+    return f"{num_bytes / 2**30:.1f} GiB"
+
+
+def _memory_for_cache(config: EngineConfig, device: torch.device) -> int:
+    """Bytes that the cache may take, before anything was measured."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return CUDA_SHARE * free
-    return CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(config.gpu_memory_utilization * free)
+    return int(CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

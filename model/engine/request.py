@@ -35,9 +35,38 @@ class TokenOutput(NamedTuple):
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     attention: list[TokenAttention] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        request: "Request",
+        token_ids: list[int],
+        reason: FinishReason | None,
+        logprobs: Sequence[TokenLogprobs | None] | None,
+        attention: Sequence[TokenAttention | None] | None,
+    ) -> "TokenOutput":
+        """Of a request that `token_ids` have just been appended to. logprobs, attention: of its samples, where any
+        request of the step asks for them.
+        """
+        first = request.num_output_tokens <= len(token_ids)
+        if request.params.logprobs is None:
+            logprobs = None
+        return cls(
+            request.request_id,
+            token_ids,
+            reason,
+            request.num_cached_tokens,
+            logprobs=None if logprobs is None else [item for item in logprobs[: len(token_ids)] if item],
+            prompt_logprobs=request.prompt_logprobs if first and request.params.prompt_logprobs is not None else None,
+            attention=None if attention is None else [item for item in attention[: len(token_ids)] if item] or None,
+        )
+
 
 class Request:
     """Token ids in, token ids out. A single cursor, `num_computed_tokens`, says how far the cache has come.
+
+    While a step that it takes part in is on its way, `num_launched_tokens` more are being computed, and
+    `num_unread_tokens` being sampled, whose ids are not known here yet. `epoch` changes when the request leaves the
+    running ones: a step's results that were launched in another epoch are not taken in.
 
     output_ids: tokens that this request has already produced elsewhere; it goes on behind them as if it had never
         moved. They count towards `max_tokens`.
@@ -60,11 +89,14 @@ class Request:
         "draft_credit",
         "draft_ids",
         "draft_index",
+        "epoch",
         "grammar",
         "leader",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_launched_tokens",
         "num_prompt_tokens",
+        "num_unread_tokens",
         "params",
         "prefix_root",
         "priority",
@@ -106,6 +138,9 @@ class Request:
         # Kept by the scheduler:
         self.arrival = 0
         self.num_computed_tokens = 0
+        self.num_launched_tokens = 0
+        self.num_unread_tokens = 0
+        self.epoch = 0
         self.num_cached_tokens = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
@@ -136,6 +171,13 @@ class Request:
     def wants_prompt_logprobs(self) -> bool:
         """Whether there are prompt tokens left whose log-probability is asked for."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+
+    @property
+    def is_read_at_once(self) -> bool:
+        """Whether the step after next cannot be launched before the host has seen what this request's step gave."""
+        params = self.params
+        asks = params.logprobs is not None or params.prompt_logprobs is not None
+        return asks or self.grammar is not None or self.attention is not None
 
     @property
     def rank(self) -> tuple[int, int]:

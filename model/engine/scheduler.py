@@ -3,48 +3,25 @@
 One rule serves prefill, decode, chunks, prefix hits and resumption. A request has tokens (prompt and output) and
 `num_computed_tokens` of them whose keys and values lie in the cache; a step schedules some of the rest. Running
 requests go first, so a long prompt can delay them by at most one chunk.
+
+A step may be scheduled while another one is on its way. Its requests then count on tokens whose ids are still unread;
+blocks that are given back go free only when every step that was on its way has come in.
 """
 
 import heapq
 from bisect import insort
+from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from model.attention.weights import TokenAttention
 from model.cache.blocks import BlockPool
 from model.cache.prefix import PrefixCache, root
 from model.config import EngineConfig
 from model.engine.request import FinishReason, Request, TokenOutput
+from model.engine.scheduled import ScheduledRequest, ScheduledStep
 from model.engine.speculative import NgramDrafter
-from model.sampling.result import Sampled, TokenLogprobs
+from model.sampling.result import Sampled
 
 COMPACT_BEYOND = 256  # entries of the heaps that are worth a look at all of them
-
-
-class ScheduledRequest(NamedTuple):
-    """Tokens [start, start + num_tokens) of a request are computed in this step.
-
-    draft_ids: guesses that follow the known tokens, the last of `num_tokens`.
-    num_samples: tokens that the step gives: none where the known tokens are not all computed yet, else one, and one
-        more for each guess.
-    """
-
-    request: Request
-    start: int
-    num_tokens: int
-    draft_ids: tuple[int, ...]
-    num_samples: int
-
-
-class ScheduledStep(NamedTuple):
-    """What one step computes. Immutable: it is read by the runner while nothing else may change."""
-
-    requests: tuple[ScheduledRequest, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the step computes, over all requests."""
-        return sum(scheduled.num_tokens for scheduled in self.requests)
 
 
 class Scheduler:
@@ -70,6 +47,8 @@ class Scheduler:
         self.num_drafted = 0
         self.num_accepted = 0
         self._departed: list[Request] = []
+        # Of each step on its way: its requests with their epochs, and the tables to free when it has come in.
+        self._launched: deque[tuple[ScheduledStep, list[list[int]]]] = deque()
         self._eos_token_ids = frozenset(eos_token_ids)
         self._longest_sharing_prompt = longest_sharing_prompt
         self._drafter = NgramDrafter(config.speculative_tokens)
@@ -81,8 +60,20 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute anything."""
-        return bool(self.running or self.waiting)
+        """Whether a step would compute anything, or take in what another one has computed."""
+        return bool(self.running or self.waiting or self._launched)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the running requests' next tokens may need more blocks than are free, while a step is on its way.
+
+        Better to wait for it, as it may end a request, than to preempt one.
+        """
+        needed = sum(
+            self._num_blocks(request.num_tokens + request.num_unread_tokens) - len(request.block_table)
+            for request in self.running
+        )
+        return bool(self._launched) and needed > self.blocks.num_free
 
     def add(self, request: Request) -> None:
         """Queue a request that `Engine.validate` has let through. Its id is not in use."""
@@ -117,17 +108,24 @@ class Scheduler:
         return outputs
 
     def schedule(self) -> ScheduledStep:
-        """Fill one step's token budget. Raises nothing: a request that cannot run waits."""
+        """Fill one step's token budget. Raises nothing: a request that cannot run waits. The step is on its way until
+        `commit` or `fail`.
+        """
         budget = self.config.max_num_batched_tokens
         step: list[ScheduledRequest] = []
 
         # A request makes room by preempting the last by rank, which is never one that this step has already scheduled.
-        while budget and len(step) < len(self.running):
-            request = self.running[len(step)]
+        index = 0
+        while budget and index < len(self.running):
+            request = self.running[index]
+            if self._has_its_last_token(request):
+                index += 1
+                continue
             scheduled = self._grant(request, budget)
-            if self._make_room(request, scheduled.num_tokens):
+            if self._make_room(scheduled):
                 step.append(scheduled)
                 budget -= scheduled.num_tokens
+                index += 1
 
         while budget and len(self.running) < self.config.max_num_seqs:
             first = self._next_waiting()
@@ -136,15 +134,23 @@ class Scheduler:
             step.append(self._grant(first, budget))
             budget -= step[-1].num_tokens
 
-        return ScheduledStep(tuple(step))
+        return self._launch(ScheduledStep(tuple(step)))
 
     def commit(self, step: ScheduledStep, sampled: Sampled) -> list[TokenOutput]:
-        """Take in a step's results, one entry of `sampled` for each of its samples, in order."""
+        """Take in the results of the step that was scheduled first of those on their way: one entry of `sampled` for
+        each of its samples, in order. Of requests that have left since, nothing is taken in.
+        """
+        if not step.requests:  # it was never on its way
+            return []
         outputs, ended, first = [], [], 0
         for scheduled in step.requests:
             request = scheduled.request
             samples = slice(first, first + scheduled.num_samples)
             first = samples.stop
+            if scheduled.epoch != request.epoch:
+                continue
+            request.num_launched_tokens -= scheduled.num_tokens
+            request.num_unread_tokens -= scheduled.num_samples
             accepted = self._accept(scheduled, sampled.token_ids[samples])
             taken, reason = self._extend(request, accepted)
             known = scheduled.start + scheduled.num_tokens - len(scheduled.draft_ids)
@@ -153,18 +159,26 @@ class Scheduler:
             if scheduled.num_samples:
                 logprobs = sampled.logprobs[samples] if sampled.logprobs else None
                 attention = sampled.attention[samples] if sampled.attention else None
-                outputs.append(self._output(request, taken, reason, logprobs, attention))
+                outputs.append(TokenOutput.of(request, taken, reason, logprobs, attention))
             if reason:
                 ended.append(request)
             elif taken and self._speculates(request):
                 self._drafter.propose(request, taken)
         self._end(ended)
+        _, given_back = self._launched.popleft()
+        self._release(given_back)
         return outputs
 
-    def fail(self, step: ScheduledStep) -> list[TokenOutput]:
-        """End every request of a step that could not be computed."""
-        requests = [scheduled.request for scheduled in step.requests]
+    def fail(self) -> list[TokenOutput]:
+        """End every request of the steps on their way: one of them could not be computed."""
+        requests, tables = [], []
+        for step, given_back in self._launched:
+            requests += [item.request for item in step.requests if item.epoch == item.request.epoch]
+            tables += given_back
+        requests = list(dict.fromkeys(requests))
+        self._launched.clear()
         self._end(requests)
+        self._release(tables)
         return [TokenOutput(request.request_id, [], "error", request.num_cached_tokens) for request in requests]
 
     def take_departed(self) -> list[Request]:
@@ -173,20 +187,37 @@ class Scheduler:
         return departed
 
     def check_integrity(self) -> None:
-        """Assert that every block is either free or on the table of a running request."""
+        """Assert that every block is either free, or on the table of a running request, or given back by one that left
+        while a step was on its way.
+        """
         for request in self.waiting.values():
             assert not request.block_table, "a waiting request holds blocks"
             assert request.num_computed_tokens == 0, "a waiting request counts on a cache that it has given back"
         assert self.running == sorted(self.running, key=lambda request: request.rank), "running is out of order"
-        self.blocks.check(request.block_table for request in self.running)
+        held = [table for _, given_back in self._launched for table in given_back]
+        self.blocks.check([*held, *(request.block_table for request in self.running)])
+
+    def _launch(self, step: ScheduledStep) -> ScheduledStep:
+        """Keep the books of a step that is on its way from now on."""
+        for scheduled in step.requests:
+            scheduled.request.num_launched_tokens += scheduled.num_tokens
+            scheduled.request.num_unread_tokens += scheduled.num_samples
+        if step.requests:
+            self._launched.append((step, []))
+        return step
+
+    def _has_its_last_token(self, request: Request) -> bool:
+        """Whether the token that is on its way is the last that the request may have."""
+        return request.num_output_tokens + request.num_unread_tokens >= request.params.max_tokens
 
     def _grant(self, request: Request, budget: int) -> ScheduledRequest:
-        """What this request computes in this step: its known tokens as far as they fit, then its guesses."""
-        start, missing = request.num_computed_tokens, request.num_tokens - request.num_computed_tokens
+        """What this request computes in this step: its tokens as far as they fit, then its guesses."""
+        start = request.num_computed_tokens + request.num_launched_tokens
+        missing = request.num_tokens + request.num_unread_tokens - start
         if missing > budget:
-            return ScheduledRequest(request, start, budget, (), 0)
+            return ScheduledRequest(request, start, budget, (), 0, request.epoch)
         drafts = self._affordable_drafts(request, budget - missing)
-        return ScheduledRequest(request, start, missing + len(drafts), drafts, 1 + len(drafts))
+        return ScheduledRequest(request, start, missing + len(drafts), drafts, 1 + len(drafts), request.epoch)
 
     def _affordable_drafts(self, request: Request, budget: int) -> tuple[int, ...]:
         """Guesses are worth a free block, never a preemption; and a large batch leaves no compute idle for them."""
@@ -198,12 +229,13 @@ class Scheduler:
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
 
-    def _make_room(self, request: Request, num_tokens: int) -> bool:
+    def _make_room(self, scheduled: ScheduledRequest) -> bool:
         """Give a running request the blocks for its next tokens, preempting the last by rank where none are free.
 
         False if the request itself was the last and had to go.
         """
-        missing = self._num_blocks(request.num_computed_tokens + num_tokens) - len(request.block_table)
+        request = scheduled.request
+        missing = self._num_blocks(scheduled.start + scheduled.num_tokens) - len(request.block_table)
         while missing > self.blocks.num_free:
             last = self.running[-1]
             self._preempt(last)
@@ -332,34 +364,24 @@ class Scheduler:
             return "length"
         return None
 
-    def _output(
-        self,
-        request: Request,
-        token_ids: list[int],
-        reason: FinishReason | None,
-        logprobs: Sequence[TokenLogprobs | None] | None,
-        attention: Sequence[TokenAttention | None] | None,
-    ) -> TokenOutput:
-        first = request.num_output_tokens <= len(token_ids)
-        if request.params.logprobs is None:
-            logprobs = None
-        return TokenOutput(
-            request.request_id,
-            token_ids,
-            reason,
-            request.num_cached_tokens,
-            logprobs=None if logprobs is None else [item for item in logprobs[: len(token_ids)] if item],
-            prompt_logprobs=request.prompt_logprobs if first and request.params.prompt_logprobs is not None else None,
-            attention=None if attention is None else [item for item in attention[: len(token_ids)] if item] or None,
-        )
-
     def _end(self, requests: Sequence[Request]) -> None:
-        """Take running requests out and free their blocks."""
+        """Take running requests out. Their blocks go free when the last step that is on its way has come in."""
         if not requests:
             return
         gone = {request.request_id for request in requests}
         self.running = [request for request in self.running if request.request_id not in gone]
         for request in requests:
-            self.blocks.release(request.block_table)
+            request.epoch += 1
+            request.num_launched_tokens = request.num_unread_tokens = 0
+        tables = [request.block_table for request in requests]
+        for request in requests:
             request.block_table = []
+        if self._launched:
+            self._launched[-1][1].extend(tables)
+        else:
+            self._release(tables)
         self._departed += requests
+
+    def _release(self, tables: Sequence[list[int]]) -> None:
+        for table in tables:
+            self.blocks.release(table)

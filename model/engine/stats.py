@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 
 class StepPhases(NamedTuple):
-    """Where a step's time went, in seconds. `commit` includes guessing ahead."""
+    """Where a step's time went, in seconds. `commit` includes guessing ahead, and, on a GPU, waiting for a step:
+    `forward` and `sample` are then what it takes to launch them.
+    """
 
     schedule: float = 0.0
     stage: float = 0.0

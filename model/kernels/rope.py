@@ -9,6 +9,14 @@ from model.rotary import rotate
 
 
 @triton.jit
+def _stored(x, dtype: tl.constexpr):
+    """x as the cache takes it. What fp8 cannot reach becomes its largest number: on some paths it would be NaN."""
+    if dtype == tl.float8e4nv:
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
+    return x.to(dtype)
+
+
+@triton.jit
 def _rope_and_store(
     qkv_ptr, q_ptr, keys_ptr, values_ptr, slots_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr,
     num_heads, num_kv_heads, eps,
@@ -23,7 +31,7 @@ def _rope_and_store(
     if head >= num_heads + num_kv_heads:
         slot = tl.load(slots_ptr + token)
         place = (slot * num_kv_heads + head - num_heads - num_kv_heads) * DIM
-        tl.store(values_ptr + place + dim, x, mask=there)
+        tl.store(values_ptr + place + dim, _stored(x, values_ptr.dtype.element_ty), mask=there & (slot >= 0))
     else:
         x = x.to(tl.float32)
         # The partner that a dimension turns with stands half of the rotary dimensions away.
@@ -44,7 +52,8 @@ def _rope_and_store(
             tl.store(q_ptr + (token * num_heads + head) * DIM + dim, x, mask=there)
         else:
             slot = tl.load(slots_ptr + token)
-            tl.store(keys_ptr + (slot * num_kv_heads + head - num_heads) * DIM + dim, x, mask=there)
+            place = (slot * num_kv_heads + head - num_heads) * DIM
+            tl.store(keys_ptr + place + dim, _stored(x, keys_ptr.dtype.element_ty), mask=there & (slot >= 0))
 
 
 def rope_and_store(
@@ -54,8 +63,9 @@ def rope_and_store(
     """The queries, normed and turned, [num_tokens, num_heads, head_dim]. Keys, likewise, and values go to the cache.
 
     qkv: [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], contiguous; keys, values: [num_slots, num_kv_heads,
-    head_dim], contiguous; slots: [num_tokens]; rope: cosines and signed sines, [num_tokens, 1, rotary_dim], as
-    `Rotary.forward` gives them; norms: weights of the RMSNorm of each query and each key head, [head_dim].
+    head_dim], contiguous; slots: [num_tokens], negative for rows that only pad the batch and are stored nowhere; rope:
+    cosines and signed sines, [num_tokens, 1, rotary_dim], as `Rotary.forward` gives them; norms: weights of the RMSNorm
+    of each query and each key head, [head_dim].
     """
     num_kv_heads, dim = keys.shape[1:]
     q = torch.empty((len(qkv), num_heads, dim), dtype=qkv.dtype, device=qkv.device)

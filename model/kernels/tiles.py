@@ -25,13 +25,17 @@ def is_seen(row, key, length, window, num_sinks, HAS_WINDOW: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    k_ptr, v_ptr, table_ptr, key, length, slot_stride, head_offset, dim, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr
-):
-    """Keys and values at positions `key` of a sequence, each [keys, dim]. Zeros past its length: 0 * NaN is NaN."""
+    k_ptr, v_ptr, table_ptr, key, length, slot_stride, head_offset, dim, dtype: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Keys and values at positions `key` of a sequence, each [keys, dim], in `dtype`. Zeros past its length: 0 * NaN is
+    NaN.
+    """
     block = tl.load(table_ptr + key // BLOCK_SIZE, mask=key < length, other=0).to(tl.int64)
     slot = (block * BLOCK_SIZE + key % BLOCK_SIZE) * slot_stride + head_offset
     place, there = slot[:, None] + dim[None, :], (key < length)[:, None] & (dim < DIM)[None, :]
-    return tl.load(k_ptr + place, mask=there, other=0.0), tl.load(v_ptr + place, mask=there, other=0.0)
+    k, v = tl.load(k_ptr + place, mask=there, other=0.0), tl.load(v_ptr + place, mask=there, other=0.0)
+    return k.to(dtype), v.to(dtype)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ stages: bias, bans and penalties, temperature, min-p, top-k, top-p, draw. A stag
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from model.sampling.logprobs import token_logprobs
 from model.sampling.params import SamplingParams
 from model.sampling.penalties import Penalties
 from model.sampling.result import Sampled, TokenLogprobs
+
+if TYPE_CHECKING:
+    from model.kernels.sampling import SamplingRows
 
 _MASK_64 = (1 << 64) - 1
 
@@ -35,6 +39,23 @@ _ROW = np.dtype(
     ]
 )
 NO_ROW = -1
+SPOILED = -1
+
+
+class Drawn(NamedTuple):
+    """A token for each row of logits, on the device; what else is needed to tell the host.
+
+    token_ids: [n], each one of the vocabulary; told: [n], the same, or SPOILED where the logits were not numbers or
+    forbade every token.
+    """
+
+    token_ids: Tensor
+    told: Tensor
+    logits: Tensor
+    wanted: NDArray[np.void]
+    rows: Sequence[int]
+    guesses: Sequence[int | None]
+    constrained: Sequence[int]
 
 
 class Sampler:
@@ -48,6 +69,7 @@ class Sampler:
         self._free: list[int] = []
         self._penalties = Penalties(vocab_size, device)
         self._constraints = Constraints()
+        self._table: SamplingRows | None = None  # of `_rows`, on the device; None where they have changed since
 
     def attach(
         self,
@@ -72,6 +94,7 @@ class Sampler:
             bool(params.logit_bias or params.min_tokens),
             NO_ROW if params.logprobs is None else params.logprobs,
         )
+        self._table = None
         if grammar is not None:
             self._constraints.attach(row, grammar, token_ids[num_prompt_tokens:])
         return row
@@ -91,12 +114,27 @@ class Sampler:
         guesses: Sequence[int | None],
         likeliest: tuple[Tensor, Tensor] | None = None,
     ) -> Sampled:
+        """Draw, and tell at once what was drawn: see `draw`."""
+        drawn = self.draw(logits, rows, positions, guesses, likeliest)
+        return self.tell(drawn, drawn.told.tolist())
+
+    def draw(
+        self,
+        logits: Tensor,
+        rows: Sequence[int],
+        positions: Sequence[int],
+        guesses: Sequence[int | None],
+        likeliest: tuple[Tensor, Tensor] | None = None,
+        keys: tuple[Tensor, Tensor] | None = None,
+    ) -> Drawn:
         """logits: [n, vocab_size]; for each its request's row, the position of the token to be sampled, and the guess
         that the next of the request's samples stands behind (None for its last).
 
         likeliest: the ids and values of the largest logits, [n] each, where they are known already: for 32 rows of a
             vocabulary of 49,152 it saves 1 ms.
-        A request that is penalized has one sample in a step; others may have several, at positions in a row.
+        keys: rows and positions on the device, where our kernel is to sample there.
+        A request that is penalized has one sample in a step; others may have several, at positions in a row. Where
+        nobody asks for more than temperature, top-k, top-p and min-p, the host waits for nothing.
         """
         index = np.asarray(rows)
         at = np.asarray(positions)
@@ -105,15 +143,19 @@ class Sampler:
         constrained = self._constraints.rows(rows)
         if constrained:
             adjusted = self._constraints.mask(adjusted, constrained, rows, guesses)
-        chosen, usable = self._choose(adjusted, at, wanted, likeliest if adjusted is logits else None)
+        if keys is None:
+            chosen, usable = self._choose(adjusted, at, wanted, likeliest if adjusted is logits else None)
+        else:
+            chosen, usable = self._choose_on_device(adjusted, *keys)
         self._observe(chosen, wanted)
-        token_ids: list[int | None] = chosen.tolist()
-        spoiled = (~usable).nonzero().flatten().tolist()
-        for i in spoiled:
-            token_ids[i] = None
-        for i in self._constraints.accept(constrained, rows, guesses, token_ids):
-            token_ids[i] = None
-        return Sampled(token_ids, self._logprobs(logits, chosen, wanted))
+        return Drawn(chosen, torch.where(usable, chosen, SPOILED), logits, wanted, rows, guesses, constrained)
+
+    def tell(self, drawn: Drawn, token_ids: Sequence[int]) -> Sampled:
+        """What was drawn, as the host sees it. token_ids: `drawn.told`, once it has come to the host."""
+        told: list[int | None] = [None if token_id == SPOILED else token_id for token_id in token_ids]
+        for i in self._constraints.accept(drawn.constrained, drawn.rows, drawn.guesses, told):
+            told[i] = None
+        return Sampled(told, self._logprobs(drawn.logits, drawn.token_ids, drawn.wanted))
 
     def _adjust(
         self, logits: Tensor, index: NDArray[np.int64], at: NDArray[np.int64], wanted: NDArray[np.void]
@@ -153,6 +195,16 @@ class Sampler:
         which = self._to_device(drawing.nonzero()[0])
         ids[which], usable[which] = self._draw(logits[which], at[drawing], wanted[drawing])
         return ids, usable
+
+    def _choose_on_device(self, logits: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The same by our kernel."""
+        from model.kernels.sampling import SamplingRows, sample  # there is no Triton where there is no GPU
+
+        if self._table is None:
+            seeds = self._rows["seed"].view(np.int64)
+            columns = (*(self._rows[name] for name in ("temperature", "top_k", "top_p", "min_p")), seeds)
+            self._table = SamplingRows(*map(self._to_device, columns))
+        return sample(logits, self._table, rows, positions)
 
     def _draw(self, logits: Tensor, at: NDArray[np.int64], wanted: NDArray[np.void]) -> tuple[Tensor, Tensor]:
         scaled = logits.to(torch.float32, copy=True).div_(self._to_device(wanted["temperature"])[:, None])

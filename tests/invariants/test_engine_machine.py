@@ -10,7 +10,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from model.config import EngineConfig
 from model.engine.engine import Engine
 from model.engine.request import Request
+from model.engine.transfer import PinnedTransfers
 from model.sampling.params import SamplingParams
+from tests.late_copies import LateCopies
 
 PROMPT = [7, 100, 33, 250, 9, 61, 180, 44, 12, 305, 77, 201, 154, 18, 290, 5, 66, 131, 240, 88] * 2
 COMMON = {"block_size": 4, "deterministic": True, "max_num_seqs": 6, "speculation_max_seqs": 3}
@@ -41,13 +43,17 @@ class EngineMachine(RuleBasedStateMachine):
 
     requests = Bundle("requests")
     directory = None
+    options = {"speculative_tokens": 2}  # noqa: RUF012
 
     @initialize()
     def start(self):
-        config = EngineConfig(**COMMON, kv_cache_tokens=96, max_num_batched_tokens=12, speculative_tokens=2)
-        self.engine = Engine.from_checkpoint(self.directory, config)
+        config = EngineConfig(**COMMON, kv_cache_tokens=96, max_num_batched_tokens=12, **self.options)
+        self.engine = self.prepare(Engine.from_checkpoint(self.directory, config))
         self.count = 0
         self.live: dict[str, tuple[Request, list[int], tuple]] = {}
+
+    def prepare(self, engine: Engine) -> Engine:
+        return engine
 
     @rule(
         target=requests,
@@ -122,3 +128,30 @@ EngineMachine.TestCase.settings = settings(
     max_examples=12, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 test_engine_invariants = pytest.mark.slow(EngineMachine.TestCase)
+
+
+class OverlappingEngineMachine(EngineMachine):
+    """The same while each step is launched before the one before it is read, over copies that come late."""
+
+    options = {"overlap": True}  # noqa: RUF012
+
+    def prepare(self, engine: Engine) -> Engine:
+        engine.runner.transfers = PinnedTransfers(LateCopies())
+        return engine
+
+    @rule(target=EngineMachine.requests, leader=EngineMachine.requests, seed=st.integers(2, 3))
+    def add_sibling(self, leader, seed):
+        """Another completion of a prompt, whose blocks it shares."""
+        if leader not in self.live:
+            return leader
+        request, _, (length, key) = self.live[leader]
+        self.count += 1
+        key = (key[0], key[1], seed, key[3])
+        sibling = Request(str(self.count), PROMPT[:length], make_params(key), leader=request)
+        self.engine.add(sibling)
+        self.live[sibling.request_id] = (sibling, [], (length, key))
+        return sibling.request_id
+
+
+OverlappingEngineMachine.TestCase.settings = EngineMachine.TestCase.settings
+test_overlapping_engine_invariants = pytest.mark.slow(OverlappingEngineMachine.TestCase)

@@ -1,15 +1,20 @@
 """The fused forward pass against torch's, through the engine: chunks, decodes, mixed steps, shared prefixes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from model.attention.weights import AttentionRequest
+from model.checkpoint import load_checkpoint
 from model.config import EngineConfig
 from model.engine.engine import Engine
 from model.engine.request import Request
 from model.errors import ConfigError
+from model.kernels.gpu.linear import FEW_ROWS, WeightInt8Linear
+from model.kernels.int8 import int8_linear_torch
+from model.layers import Int8Linear, Linear, replace_linears
 from model.sampling.params import SamplingParams
 from tests.parity.models import write
 
@@ -71,3 +76,60 @@ def test_a_model_that_cannot_be_fused_is_named(tmp_path):
     write("gpt2", tmp_path)
     with pytest.raises(ConfigError, match="'triton' cannot run this model here: its norm is 'layer'"):
         run(tmp_path, "triton")
+
+
+def test_an_fp8_cache_is_for_tritons_kernels(tmp_path):
+    write("llama", tmp_path)
+    with pytest.raises(ConfigError, match="'fp8' is for Triton's kernels"):
+        Engine.from_checkpoint(tmp_path, EngineConfig(device=DEVICE, kernels="torch", kv_cache_dtype="fp8"))
+
+
+def test_an_fp8_cache_holds_twice_the_tokens_of_a_half_precision_one(tmp_path):
+    write("llama", tmp_path)
+    config = EngineConfig(device=DEVICE, dtype="fp32", kernels="triton", kv_cache_dtype="fp8", kv_cache_tokens=64)
+    engine = Engine.from_checkpoint(tmp_path, config)
+    model, keys = engine.model_config, engine.runner.compute.pool.keys
+    assert (
+        keys.nbytes == 80 * model.num_layers * model.num_kv_heads * model.head_dim
+    )  # a byte each, null block included
+    outputs = list(engine.generate(Request("a", list(range(40, 60)), SamplingParams(max_tokens=3, temperature=0.0))))
+    assert len(outputs) == 3
+    assert keys.float().isfinite().all()
+    assert keys[0, 16:36].float().any(dim=-1).all()
+
+
+def test_int8_weights_say_what_the_same_weights_say_when_they_are_widened(tmp_path):
+    write("qwen2", tmp_path)
+    config = EngineConfig(device=DEVICE, dtype="int8", kernels="triton", kv_cache_tokens=64)
+    widened = load_checkpoint(tmp_path, device=DEVICE, int8=True)
+    replace_linears(widened, widen, Int8Linear)
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    engines = Engine.from_checkpoint(tmp_path, config), Engine(widened, replace(config, dtype="fp32", kernels="torch"))
+    found, expected = (
+        [output.token_ids for output in engine.generate(Request("a", list(range(40, 60)), params))]
+        for engine in engines
+    )
+    assert found == expected
+
+
+def widen(linear: Int8Linear) -> Linear:
+    out_features, in_features = linear.weight.shape
+    wide = Linear(in_features, out_features, bias=linear.bias is not None).to(linear.scale.device).requires_grad_(False)
+    wide.weight.copy_(linear.weight.float() * linear.scale[:, None])
+    if linear.bias is not None:
+        wide.bias.copy_(linear.bias)
+    return wide
+
+
+def test_many_rows_are_multiplied_with_widened_weights():
+    generator = torch.Generator().manual_seed(0)
+    linear = Linear(24, 40, bias=True).requires_grad_(False)
+    linear.weight.normal_(generator=generator)
+    linear.bias.normal_(generator=generator)
+    quantized = Int8Linear(linear)
+    x = torch.randn(FEW_ROWS + 1, 24, generator=generator)
+    expected = int8_linear_torch(x, quantized.weight, quantized.scale, quantized.bias)
+    product = WeightInt8Linear(quantized).to(DEVICE)
+    for rows in (FEW_ROWS + 1, 3):
+        found = product(x[:rows].to(DEVICE)).cpu()
+        torch.testing.assert_close(found, expected[:rows], atol=1e-4, rtol=1e-4)

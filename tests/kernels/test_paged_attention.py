@@ -11,7 +11,7 @@ from model.attention.paged import PagedAttention
 from model.attention.plan import AttentionPlan
 from model.attention.reference import ReferenceAttention
 from model.attention.scores import Attend, Scores
-from model.cache.pool import KVPool
+from model.cache.pool import FP8, KVPool
 from model.config import ModelConfig
 
 pytestmark = pytest.mark.fast
@@ -113,3 +113,26 @@ def test_few_programs_take_turns_at_the_splits(monkeypatch):
     before = attend(PagedAttention, PLAIN, DECODES, torch.float32)
     monkeypatch.setattr(triton_decode, "PROGRAMS", 1)
     assert torch.equal(attend(PagedAttention, PLAIN, DECODES, torch.float32), before)
+
+
+@pytest.mark.parametrize("lengths", [DECODES, MIXED], ids=["decodes", "mixed"])
+def test_keys_and_values_in_fp8_are_attended_to_as_they_were_rounded(lengths):
+    generator = torch.Generator().manual_seed(7)
+    blocks = [-(-(past + new) // BLOCK_SIZE) for past, new in lengths]
+    tables = [list(range(1 + sum(blocks[:i]), 1 + sum(blocks[: i + 1]))) for i in range(len(blocks))]
+    plan = AttentionPlan.build(BLOCK_SIZE, [past for past, _ in lengths], [new for _, new in lengths], tables)
+    narrow, wide = (KVPool(PLAIN, sum(blocks), BLOCK_SIZE, dtype, DEVICE) for dtype in (FP8, torch.float32))
+    slots = torch.arange(BLOCK_SIZE, (sum(blocks) + 1) * BLOCK_SIZE, device=DEVICE)
+    past = [torch.randn(len(slots), 2, 24, generator=generator).to(DEVICE) for _ in range(2)]
+    q, *new = (
+        torch.randn(int(plan.query_start_loc[-1]), heads, 24, generator=generator).to(DEVICE) for heads in (6, 2, 2)
+    )
+    narrow.store(0, slots, *past)
+    wide.store(0, slots, *(x.to(FP8).float() for x in past))
+    scores = Scores(PLAIN, 0)
+    with torch.no_grad():
+        found = PagedAttention(plan, narrow)(scores, q, *new)
+        expected = ReferenceAttention(plan, wide)(scores, q, *(x.to(FP8).float() for x in new))
+        exact = ReferenceAttention(plan, wide)(scores, q, *new)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (expected - exact).abs().max() > 1e-3  # the rounding of the new tokens shows

@@ -306,9 +306,9 @@ def test_a_row_without_a_token_ends_its_request_alone():
 def test_a_step_that_failed_ends_its_requests_and_frees_their_blocks():
     scheduler = make()
     scheduler.add(request("a", 5))
-    scheduled = scheduler.schedule()
+    scheduler.schedule()
     scheduler.add(request("b", 5))
-    assert [(o.request_id, o.finish_reason) for o in scheduler.fail(scheduled)] == [("a", "error")]
+    assert [(o.request_id, o.finish_reason) for o in scheduler.fail()] == [("a", "error")]
     assert scheduler.blocks.num_free == 64
     assert [name for name, *_ in step(scheduler)] == ["b"]
 

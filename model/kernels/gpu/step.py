@@ -3,8 +3,10 @@
 A layer is ten launches instead of some thirty. The weights stay the decoder's own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from model.attention.inspect import Inspection
@@ -19,6 +21,15 @@ from model.kernels.rope import rope_and_store
 from model.layers import MLP, RMSNorm
 
 PagedAttend = Callable[[Scores, Tensor, Tensor, Tensor], Tensor]
+
+
+def why_not_captured(decoder: Decoder) -> str | None:
+    """Why its steps cannot be CUDA graphs: what the host has to look at in between. None if they can."""
+    if decoder.config.num_experts:
+        return "experts are chosen token by token"
+    if decoder.config.longest_sharing_prompt is not None:
+        return "its rotary positions depend on the prompt's length"
+    return None
 
 
 def why_not(decoder: Decoder) -> str | None:
@@ -42,17 +53,30 @@ class FusedStep:
         self.decoder, self.pool = decoder, pool
         self._layers = _layers(decoder)
 
+    def plan_arrays(self, plan: AttentionPlan) -> list[NDArray[Any]]:
+        """What `paged` takes, on the host."""
+        return PagedStep.arrays(plan, self.decoder.config.group_size)
+
+    def paged(self, plan: AttentionPlan, tensors: Sequence[Tensor]) -> PagedStep:
+        """A plan on the device. tensors: its `plan_arrays` there."""
+        return PagedStep.of(plan, tensors)
+
+    def decodes(
+        self, size: int, longest: int, slots: Tensor, tables: Tensor, lens: Tensor, no_tiles: Tensor
+    ) -> PagedStep:
+        """A step of decodes alone, none longer than `longest`, wherever its tensors stand."""
+        return PagedStep(self.pool.block_size, size, longest, slots, tables, lens, lens, no_tiles)
+
     def forward(
         self,
         token_ids: Tensor,
         positions: Tensor,
         prompt_lens: Tensor,
-        plan: AttentionPlan,
+        step: PagedStep,
         inspection: Inspection | None = None,
     ) -> Tensor:
         """token_ids, positions, prompt_lens: [num_tokens] -> final hidden states, [num_tokens, hidden_size]."""
         decoder = self.decoder
-        step = PagedStep.of(plan, decoder.config.group_size, token_ids.device)
         attend: PagedAttend = step.attend if inspection is None else inspection.around(step.attend)
         stream = decoder.embed(token_ids, positions).contiguous()
         ropes = decoder.ropes(positions, prompt_lens, stream.dtype)

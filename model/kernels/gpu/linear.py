@@ -1,0 +1,28 @@
+"""Linear maps with int8 weights on a GPU: the activations stay as they are."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.kernels.int8 import int8_linear
+from model.layers import Int8Linear
+
+FEW_ROWS = 256  # a decode step; with more, computing takes longer than reading, and weights are widened beforehand
+
+
+class WeightInt8Linear(nn.Module):
+    """An `Int8Linear` by our kernel. weight: int8 [out_features, in_features]; scale: fp32 [out_features]."""
+
+    def __init__(self, linear: Int8Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", linear.weight.contiguous())
+        self.register_buffer("scale", linear.scale)
+        self.bias = linear.bias
+        self.weight: Tensor
+        self.scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [num_tokens, in_features] -> [num_tokens, out_features], in x's dtype."""
+        if len(x) <= FEW_ROWS:
+            return int8_linear(x.contiguous(), self.weight, self.scale, self.bias)
+        wide = self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None]
+        return F.linear(x, wide, None if self.bias is None else self.bias.to(x.dtype))

@@ -1,0 +1,152 @@
+"""Decode steps by captured graphs, with a capture that runs the same function again on the same memory."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model.attention.plan import AttentionPlan
+from model.config import EngineConfig
+from model.engine import forward
+from model.engine.engine import Engine
+from model.engine.graphs import NO_SLOT, DecodeGraphs, Inputs, Outputs, buckets, capture_for
+from model.engine.request import Request
+from model.sampling.params import SamplingParams
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Recorder:
+    """A capture that counts, and replays by running again."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, run):
+        run()
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            run()
+
+        return replay
+
+
+def graphs_of(largest: int, run=None) -> tuple[DecodeGraphs, list[int]]:
+    sizes: list[int] = []
+    inputs, outputs = Inputs(largest, 4, DEVICE), Outputs(largest, 2, 3, torch.float32, DEVICE)
+
+    def compute(size: int) -> None:
+        sizes.append(size)
+        outputs.hidden[:size] = inputs.token_ids[:size, None].float()
+        outputs.logits[:size] = inputs.positions[:size, None].float()
+
+    return DecodeGraphs(inputs, outputs, largest, run or compute, Recorder()), sizes
+
+
+def decodes(count: int, **changes) -> SimpleNamespace:
+    plan = AttentionPlan.build(4, [5] * count, [1] * count, [[1, 2]] * count)
+    given = {
+        "plan": plan, "inspection": None, "sample_rows": range(count),
+        "token_ids": torch.arange(100, 100 + count, device=DEVICE), "positions": torch.full((count,), 5, device=DEVICE),
+    }  # fmt: skip
+    return SimpleNamespace(**given | changes)
+
+
+def replay(graphs: DecodeGraphs, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    slots = torch.arange(count, device=DEVICE) + 9
+    lens = torch.full((count,), 6, dtype=torch.int32, device=DEVICE)
+    return graphs.replay(decodes(count), slots, lens, torch.ones(count, 2, dtype=torch.int32, device=DEVICE))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("largest", [1, 2, 3, 7, 8, 64, 100, 256, 300, 1000])
+def test_every_batch_size_has_a_bucket_and_small_ones_little_padding(largest):
+    sizes = buckets(largest)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == largest
+    assert sizes[0] == 1
+    for size in range(1, largest + 1):
+        bucket = next(bucket for bucket in sizes if bucket >= size)
+        assert bucket - size <= max(7, size // 3)
+
+
+@pytest.mark.fast
+def test_the_largest_is_captured_first_and_each_once(caplog):
+    with caplog.at_level(logging.INFO, "model.engine.graphs"):
+        _, sizes = graphs_of(16)
+    assert sizes == [16, 8, 4, 2, 1]
+    assert "captured 5 of 5 decode graphs" in caplog.text
+
+
+@pytest.mark.fast
+def test_a_step_is_computed_in_the_smallest_bucket_that_holds_it():
+    graphs, sizes = graphs_of(16)
+    sizes.clear()
+    hidden, logits = replay(graphs, 3)
+    assert sizes == [4]
+    assert hidden.tolist() == [[100.0] * 2, [101.0] * 2, [102.0] * 2]
+    assert logits.shape == (3, 3)
+    replay(graphs, 8)
+    assert sizes == [4, 8]
+
+
+@pytest.mark.fast
+def test_rows_of_an_earlier_larger_step_become_padding():
+    graphs, _ = graphs_of(16)
+    replay(graphs, 4)
+    replay(graphs, 3)
+    assert graphs.inputs.slots[:4].tolist() == [9, 10, 11, NO_SLOT]
+    assert graphs.inputs.lens[:4].tolist() == [6, 6, 6, 0]
+
+
+@pytest.mark.fast
+def test_only_steps_of_decodes_that_all_sample_and_that_nobody_looks_into_fit():
+    graphs, _ = graphs_of(4)
+    assert graphs.fits(decodes(4))
+    assert not graphs.fits(decodes(5))
+    assert not graphs.fits(decodes(3, inspection=object()))
+    assert not graphs.fits(decodes(3, sample_rows=range(2)))  # one token of a longer prompt gives no sample
+    mixed = AttentionPlan.build(4, [5, 0], [1, 3], [[1, 2], [3]])
+    assert not graphs.fits(decodes(2, plan=mixed))
+
+
+@pytest.mark.fast
+def test_without_a_gpu_nothing_is_captured():
+    assert capture_for(torch.device("cpu")) is None
+
+
+@pytest.mark.slow
+def test_an_engine_says_the_same_by_graphs_across_prefix_hits_siblings_and_preemption(tiny_llama, monkeypatch):
+    """Three siblings and another behind one prefix, in a cache too small for all of them."""
+    recorder = Recorder()
+    shared = list(range(40, 57))
+    outputs = {}
+    for name, capture in (("graphs", recorder), ("launches", None)):
+        monkeypatch.setattr(forward, "capture_for", lambda device, capture=capture: capture)
+        config = EngineConfig(
+            dtype="fp32", device=DEVICE.type, block_size=8, kv_cache_tokens=48, max_num_seqs=4,
+            max_num_batched_tokens=32, kernels="triton", overlap=True,
+        )  # fmt: skip
+        engine = Engine.from_checkpoint(tiny_llama[0], config)
+        params = [SamplingParams(max_tokens=12, temperature=0.7, seed=seed, ignore_eos=True) for seed in range(4)]
+        leader = Request("0", shared, params[0])
+        requests = [leader, *(Request(str(i), shared, params[i], leader=leader) for i in (1, 2))]
+        requests.append(Request("3", [*shared[:9], 5], params[3]))
+        said = outputs[name] = {request.request_id: [] for request in requests}
+        for request in requests:
+            engine.add(request)
+        while engine.has_work:
+            for output in engine.step():
+                said[output.request_id] += output.token_ids
+            engine.check_integrity()
+        assert engine.stats.prefix_hits > 0
+        assert engine.stats.num_preemptions > 0
+        keys, values = engine.runner.compute.pool.keys, engine.runner.compute.pool.values
+        assert not keys[:, :8].any()  # the null block
+        assert not values[:, :8].any()
+    assert outputs["graphs"] == outputs["launches"]
+    assert recorder.captured == 3
+    assert recorder.replayed > 5
