@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from model.bench import engine, peers, prefix, roofline, steps
+from model.bench.gpu import command as gpu
 from model.errors import AttendantError
 
-COMMANDS = {"engine": engine, "steps": steps, "prefix": prefix, "roofline": roofline, "peers": peers}
+COMMANDS = {"engine": engine, "steps": steps, "prefix": prefix, "roofline": roofline, "peers": peers, "gpu": gpu}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
