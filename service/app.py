@@ -84,6 +84,11 @@ class AppArgs(Door):
         return self.autoscaling is not None and self.autoscaling.min_replicas == 0
 
     @property
+    def idle_channel_s(self) -> float | None:
+        """After how long ingresses let go of an idle engine. Their questions would wake one that has gone to sleep."""
+        return self.autoscaling.idle_s / 2 if self.autoscaling is not None and self.sleeps else None
+
+    @property
     def scaling(self) -> dict[str, Any]:
         """What becomes of it in Serve: the options of a deployment."""
         if self.autoscaling is None:
@@ -137,5 +142,7 @@ def build(args: AppArgs) -> serve.Application:
     queue = Queue(args.max_waiting, args.max_backlog_tokens)
     wanted = args.autoscaling.min_replicas if args.autoscaling else args.replicas
     watching = Watching(args.metrics_host, args.vllm_metrics, wanted)
-    engine = engines.bind(directory, name, args.engine_options, queue, args.telemetry, watching.exporter_host)
+    engine = engines.bind(
+        directory, name, args.engine_options, queue, args.telemetry, watching.exporter_host, args.idle_channel_s
+    )
     return ingress.bind(engine, directory, name, args, args.sleeps, watching)

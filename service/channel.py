@@ -111,7 +111,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self.request_ids: set[str] = set()
-        self.last_seen = time.monotonic()
+        self.last_seen = self.last_busy = time.monotonic()
         self._outputs: list[Output] = []
         self._ready = asyncio.Event()
         self._closed = False

@@ -58,6 +58,7 @@ class EngineReplica:
     """Token ids in, token ids out. Text, HTTP and retries are the ingress' business.
 
     exporter_host: where its metrics are exposed by themselves, beside what an ingress asks for.
+    idle_channel_s: a channel without a request for so long is closed from this side; None: never.
     Raises `CheckpointError` or `ConfigError` when the model cannot be loaded.
     """
 
@@ -69,6 +70,7 @@ class EngineReplica:
         queue: Queue,
         telemetry: Telemetry | None = None,
         exporter_host: str | None = None,
+        idle_channel_s: float | None = None,
     ) -> None:
         # torch is imported here and not above: an ingress reads this module too, and does without torch's 200 MB.
         from model.checkpoint import inspect_checkpoint
@@ -89,6 +91,7 @@ class EngineReplica:
         if telemetry is not None:  # this process is ours alone
             install(telemetry, f"engine/{self._replica_id}", quotes_errors=True)  # it knows no text
             self._tracer = telemetry.tracer(self._replica_id)
+        self._idle_channel_s = idle_channel_s
         self._outboxes: dict[str, Outbox] = {}
         self._owners: dict[str, Owner] = {}
         self._metrics = EngineMetrics(model_name, self._replica_id)
@@ -167,7 +170,8 @@ class EngineReplica:
             while (outputs := await outbox.take()) is not None:
                 yield outputs
         finally:
-            await self._drop(channel_id)
+            if self._outboxes.get(channel_id) is outbox:  # and not the next one, where this one was idle
+                await self._drop(channel_id)
 
     async def ping(self, channel_id: str, pin: str) -> None:
         """The ingress is alive, and asks whether this replica still takes calls."""
@@ -363,10 +367,14 @@ class EngineReplica:
                 for outbox in self._outboxes.values():
                     outbox.close()
                 continue
-            silent_since = time.monotonic() - SILENCE_LIMIT_S
+            now = time.monotonic()
             for channel_id, outbox in list(self._outboxes.items()):
-                if outbox.last_seen < silent_since:
+                if outbox.request_ids:
+                    outbox.last_busy = now
+                if outbox.last_seen < now - SILENCE_LIMIT_S:
                     await self._drop(channel_id)
+                elif self._idle_channel_s is not None and outbox.last_busy < now - self._idle_channel_s:
+                    self._outboxes.pop(channel_id).close()
 
 
 def facts(engine: "Engine") -> tuple[dict[str, object], dict[str, object]]:

@@ -163,3 +163,8 @@ def test_serve_gets_the_policy_its_bounds_and_reports_every_second() -> None:
     assert (config.upscale_delay_s, config.downscale_delay_s) == (0, 0), "the policy waits by itself"
     assert config.metrics_interval_s == 1
     assert config.policy.get_policy()(**config.policy.policy_kwargs).decide(spread(0.5, 1), 1, 0) == 1
+
+
+def test_only_engines_that_may_sleep_let_go_of_their_ingresses_before_they_do() -> None:
+    assert AppArgs(model="m", autoscaling=Autoscaling(min_replicas=0, max_replicas=4, idle_s=60)).idle_channel_s == 30
+    assert AppArgs(model="m", autoscaling=Autoscaling(max_replicas=4)).idle_channel_s is None

@@ -125,6 +125,28 @@ async def test_an_ingress_that_falls_silent_is_forgotten(
     await until(lambda: sample(replica, "num_requests_running") == 0)
 
 
+async def test_an_engine_that_is_to_sleep_lets_go_of_an_ingress_that_has_nothing_running(
+    replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica, "_idle_channel_s", 0.05)
+    await replica.submit("c", [submission("a", max_tokens=200)], RouteHint())
+    assert len((await read(replica.channel("c", pin="r1"), until_finished=2))["a"]) == 200, "and not while it has"
+    assert replica._outboxes == {}
+    await replica.submit("c", [submission("b")], RouteHint())
+    assert len((await read(replica.channel("c", pin="r1"), until_finished=1))["b"]) == 5, "it may come back"
+
+
+async def test_the_end_of_an_idle_channel_leaves_the_next_one_alone(replica: EngineReplica) -> None:
+    await replica.ping("c", pin="r1")
+    old = replica.channel("c", pin="r1")
+    ended = asyncio.ensure_future(anext(old, None))
+    await asyncio.sleep(0)
+    replica._outboxes.pop("c").close()
+    await replica.submit("c", [submission("a")], RouteHint())
+    assert await ended is None
+    assert len((await read(replica.channel("c", pin="r1"), until_finished=1))["a"]) == 5
+
+
 async def test_a_full_replica_refuses_and_starts_nothing(replica: EngineReplica) -> None:
     await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(6)], RouteHint())
     refused = await replica.submit("c", [submission("late")], RouteHint())
