@@ -1,6 +1,7 @@
 """The compose file: a valid one, whose ports, files and images are there."""
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -68,3 +69,33 @@ def test_no_container_keeps_a_capability_or_gains_a_privilege(compose: dict[str,
     for service in compose["services"].values():
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_every_file_that_is_mounted_is_there(compose: dict[str, Any]):
+    mounts = [volume.split(":")[0] for service in compose["services"].values() for volume in service.get("volumes", [])]
+    files = [mount for mount in mounts if mount.startswith(".")]
+    assert len(files) == 5
+    assert [file for file in files if not (DEPLOY / file).exists()] == []
+    assert {mount for mount in mounts if not mount.startswith(".")} == compose["volumes"].keys()
+
+
+def test_prometheus_asks_the_service_where_it_listens(compose: dict[str, Any]):
+    mounts = dict(volume.split(":")[:2] for volume in compose["services"]["prometheus"]["volumes"])
+    inside = {target: source for source, target in mounts.items()}
+    [targets] = json.loads((DEPLOY / inside["/etc/prometheus/targets.json"]).read_text())
+    [(host, port)] = [target.split(":") for target in targets["targets"]]
+    assert compose["services"][host]["ports"] == [f"127.0.0.1:{port}:{port}"]
+    jobs = yaml.safe_load((DEPLOY / inside["/etc/prometheus/prometheus.yml"]).read_text())["scrape_configs"]
+    assert [job["file_sd_configs"] for job in jobs] == [[{"files": ["targets.json"]}]]
+
+
+def test_grafana_asks_prometheus_where_it_listens(compose: dict[str, Any]):
+    sources = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    assert [source["url"] for source in sources] == ["http://prometheus:9090"]
+    assert compose["services"]["prometheus"]["ports"] == ["127.0.0.1:9090:9090"]
+
+
+def test_grafana_finds_the_dashboards_where_they_are_mounted(compose: dict[str, Any]):
+    mounts = dict(volume.split(":")[:2] for volume in compose["services"]["grafana"]["volumes"])
+    providers = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/attendant.yml").read_text())["providers"]
+    assert [provider["options"]["path"] for provider in providers] == [mounts["./grafana/dashboards"]]
