@@ -1,6 +1,8 @@
 """Reads a Dockerfile: its stages, and the instructions of each in their order."""
 
+import json
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,3 +46,11 @@ def runs(stage: list[Instruction]) -> list[str]:
     """The shell commands of a stage that are Python's: what installs Debian's packages or users is left out."""
     commands = [instruction.rest for instruction in stage if instruction.word == "RUN"]
     return [command for command in commands if not command.startswith(("apt-get ", "useradd "))]
+
+
+def healthcheck(stage: list[Instruction], port: int) -> list[str]:
+    """The command that asks a container how it is, for this Python and another port."""
+    [instruction] = [instruction for instruction in stage if instruction.word == "HEALTHCHECK"]
+    python, *arguments = json.loads(instruction.rest.partition("CMD ")[2])
+    assert python == "python"
+    return [sys.executable, *(argument.replace("8000", str(port)) for argument in arguments)]

@@ -20,6 +20,7 @@ import yaml
 
 from service import keys
 from service.data_plane import environment
+from tests.deploy.dockerfile import DOCKERFILE, healthcheck, stages
 from tests.deploy.manifests import DEPLOY, put
 from tests.service.conftest import free_port
 
@@ -165,3 +166,9 @@ def test_on_a_cluster_haproxy_serves_other_machines_but_keeps_its_statistics(clu
     assert httpx.get(f"http://127.0.0.1:{cluster.stats_port}/stats", timeout=30).status_code == 200
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.2:{cluster.stats_port}/stats")
+
+
+@pytest.mark.timeout(600)
+def test_the_images_health_check_is_content_with_a_service_that_is_ready(cluster: Cluster):
+    command = healthcheck(stages(DOCKERFILE.read_text())["base"], cluster.port)
+    assert subprocess.run(command, check=False).returncode == 0
