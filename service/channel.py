@@ -2,11 +2,10 @@
 
 A Ray hop costs by the item, not by the token. So an ingress opens one streaming call to each replica that works for
 it, and everything that a step produced for that ingress crosses as one item. Submitting and aborting are small unary
-calls beside it. The end of the channel tells either side that the other is gone.
+calls beside it. The end of the channel tells either side that the other is gone; while it lives, it beats.
 """
 
 import asyncio
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,6 +14,15 @@ from model.attention.weights import AttentionRequest, TokenAttention
 from model.sampling.params import GrammarSpec, SamplingParams
 from model.sampling.result import TokenLogprobs
 from service.telemetry import NO_TRAIL, Trail
+
+# Both ends look after one another once in a turn. A channel that has nothing to carry beats every BEAT_TURNS.
+TURN_S = 0.25
+BEAT_TURNS = 2
+# An ingress pings once a second. One that has been silent for 6 s is gone: when an ingress is killed, Ray lets its open
+# calls run on.
+SILENT_INGRESS_TURNS = 24
+# Outputs that an ingress has not told us it has: some 20 MB, and seconds of the fastest engine's work.
+MAX_UNREAD = 65_536
 
 
 class Details(NamedTuple):
@@ -71,9 +79,14 @@ class Submission(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """All submissions of the call are in the engine of this replica."""
+    """All submissions of the call are in the engine of this replica; their outputs go to this session of the channel.
+
+    A replica begins a new session when it has given the last one up. So an ingress never waits at a channel for
+    requests that were aborted with an earlier one.
+    """
 
     replica_id: str
+    session: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,7 @@ class Refused:
 
     A value, not an exception: it crosses the hop whole, and Serve logs no traceback for a client's mistake.
     `kind`: "invalid" (never can be served), "overloaded" (not now), "full" (nothing else now either), "failed" (this
-    replica's engine is dead).
+    replica's engine is dead or stuck).
     """
 
     replica_id: str
@@ -104,34 +117,60 @@ class EngineInfo(NamedTuple):
 
 
 class Outbox:
-    """The replica's end of one channel: outputs wait here, in order, until the ingress takes them.
+    """The replica's end of one session of a channel: outputs wait here, in order, until the ingress takes them.
 
-    Lives on the replica's event loop; nothing here is thread-safe.
+    Lives on the replica's event loop; nothing here is thread-safe. request_ids: whose outputs come here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, channel_id: str = "", session: int = 0) -> None:
+        self.channel_id = channel_id
+        self.session = session
         self.request_ids: set[str] = set()
-        self.last_seen = self.last_busy = time.monotonic()
+        self.is_closed = False
+        self.idle_turns = 0
         self._outputs: list[Output] = []
         self._ready = asyncio.Event()
-        self._closed = False
+        self._num_taken = 0
+        self._num_read = 0
+        self._quiet_turns = 0
+
+    @property
+    def is_forsaken(self) -> bool:
+        """Whether the ingress has gone, or does not take what is there for it. Ray's buffers count: they are ours."""
+        num_unread = len(self._outputs) + self._num_taken - self._num_read
+        return self._quiet_turns > SILENT_INGRESS_TURNS or num_unread > MAX_UNREAD
 
     def put(self, outputs: Iterable[Output]) -> None:
         """Add a step's outputs; whoever waits in `take` gets all that has gathered."""
         self._outputs.extend(outputs)
         self._ready.set()
 
-    def close(self) -> None:
-        """End the channel once what it holds has been taken."""
-        self._closed = True
+    def heard(self, num_read: int) -> None:
+        """The ingress lives, and has this many outputs."""
+        self._quiet_turns = 0
+        self._num_read = num_read
+
+    def turn(self, *, beat: bool) -> None:
+        """Some time has passed. With `beat`, whoever waits in `take` gets something, be it nothing."""
+        self._quiet_turns += 1
+        self.idle_turns = 0 if self.request_ids else self.idle_turns + 1
+        if beat:
+            self._ready.set()
+
+    def close(self, *, discard: bool = False) -> None:
+        """End the session, once what it holds has been taken, or without that."""
+        self.is_closed = True
+        if discard:
+            self._outputs = []
         self._ready.set()
 
     async def take(self) -> list[Output] | None:
-        """Wait for outputs and take all of them; None at the end of the channel."""
+        """Wait for outputs and take all of them: none for a beat, None at the end of the session."""
         await self._ready.wait()
-        if self._closed and not self._outputs:
+        if self.is_closed and not self._outputs:
             return None
         taken, self._outputs = self._outputs, []
-        if not self._closed:
+        self._num_taken += len(taken)
+        if not self.is_closed:
             self._ready.clear()
         return taken

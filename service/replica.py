@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -15,11 +15,12 @@ from model.sampling.params import GrammarSpec
 from service.admission import Admission, backlog, unprefilled
 from service.autoscaling import Load
 from service.balance import RouteHint, Standing
-from service.channel import Accepted, Details, EngineInfo, Outbox, Output, Refused, Submission
+from service.channel import BEAT_TURNS, TURN_S, Accepted, Details, EngineInfo, Outbox, Output, Refused, Submission
 from service.exposition import Exposition, export
 from service.logs import fields, install
 from service.metrics import EngineMetrics
 from service.receipt import EngineReceipt, Timing, WeightsDigest
+from service.step_watch import StepWatch
 from service.telemetry import Telemetry, Trail
 
 if TYPE_CHECKING:
@@ -31,10 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WATCH_PERIOD_S = 0.5
-# An ingress pings every 2 s. One that has been silent for this long is gone: when an ingress is killed, Ray lets its
-# open calls run on.
-SILENCE_LIMIT_S = 8.0
+STOP_TIMEOUT_S = 5.0  # for the step in progress, when the replica ends: a stuck one never does
 MAX_TIMINGS = 1024  # of calls that have not come for their receipts
 
 
@@ -92,7 +90,10 @@ class EngineReplica:
             install(telemetry, f"engine/{self._replica_id}", quotes_errors=True)  # it knows no text
             self._tracer = telemetry.tracer(self._replica_id)
         self._idle_channel_s = idle_channel_s
-        self._outboxes: dict[str, Outbox] = {}
+        self._outboxes: dict[str, Outbox] = {}  # the newest session of each channel
+        self._num_sessions = 0
+        self._step_watch = StepWatch(TURN_S)
+        self._is_stuck = False
         self._owners: dict[str, Owner] = {}
         self._metrics = EngineMetrics(model_name, self._replica_id)
         self._metrics.describe(*facts(self._engine))
@@ -109,18 +110,20 @@ class EngineReplica:
         self._loop = EngineLoop(self._engine, self._deliver)
         self._loop.start()
 
-    async def describe(self) -> EngineInfo:
-        """What an ingress needs in order to refuse at the door."""
+    async def describe(self, hint: RouteHint) -> EngineInfo:
+        """What an ingress needs in order to refuse at the door. `hint` is for the router."""
         kv_cache_tokens = self._engine.scheduler.blocks.num_blocks * self._engine.config.block_size
         return EngineInfo(self._engine.max_model_len, self._capacity, kv_cache_tokens)
 
-    async def submit(self, channel_id: str, submissions: list[Submission], hint: RouteHint) -> Accepted | Refused:
+    async def submit(
+        self, channel_id: str, submissions: list[Submission], hint: RouteHint, chosen: Sequence[str] = ()
+    ) -> Accepted | Refused:
         """Start all of `submissions`, or none. Their outputs go to the channel `channel_id`, opened or yet to be.
 
-        `hint` is for the router, which has read it by now.
+        `hint` and `chosen` are between the router and its caller; they have done their work by now.
         """
-        if not self._loop.is_alive:
-            return Refused(self._replica_id, "failed", f"the engine stopped: {self._loop.failure}")
+        if not self._is_well:
+            return Refused(self._replica_id, "failed", self._complaint())
         timing = Timing()
         unfinished = [owner.request for owner in self._owners.values()]
         if refusal := self._admission.refusal(unfinished, len(self._compiling), submissions):
@@ -151,7 +154,7 @@ class EngineReplica:
             self._timings[started[0]] = timing
             if len(self._timings) > MAX_TIMINGS:
                 del self._timings[next(iter(self._timings))]
-        return Accepted(self._replica_id)
+        return Accepted(self._replica_id, outbox.session)
 
     async def abort(self, request_ids: list[str], pin: str | None = None) -> None:
         """Forget these requests and free their blocks; ids that are unknown or finished are fine."""
@@ -160,22 +163,26 @@ class EngineReplica:
             self._let_go(request_id, "abort")
         self._loop.abort(request_ids)
 
-    async def channel(self, channel_id: str, pin: str) -> AsyncGenerator[list[Output], None]:
-        """Yield every output for this ingress, one item a step, until either side goes.
+    async def channel(self, channel_id: str, session: int, pin: str) -> AsyncGenerator[list[Output], None]:
+        """Yield every output for this ingress, one item a step, until either side goes; an empty one now and then.
 
-        When the ingress goes (its call is cancelled), its requests are aborted.
+        When the ingress goes (its call is cancelled), its requests are aborted. A session that is over ends at once.
         """
-        outbox = self._outbox(channel_id)
+        outbox = self._outboxes.get(channel_id)
+        if outbox is None or outbox.session != session:
+            return
         try:
             while (outputs := await outbox.take()) is not None:
                 yield outputs
         finally:
-            if self._outboxes.get(channel_id) is outbox:  # and not the next one, where this one was idle
-                await self._drop(channel_id)
+            await self._drop(outbox)
 
-    async def ping(self, channel_id: str, pin: str) -> None:
-        """The ingress is alive, and asks whether this replica still takes calls."""
-        self._outbox(channel_id).last_seen = time.monotonic()
+    async def ping(self, channel_id: str, session: int | None, num_read: int, pin: str) -> bool:
+        """The ingress is alive, and has so many outputs of its session, if it has one. Whether this engine works."""
+        outbox = self._outboxes.get(channel_id)
+        if outbox is not None and outbox.session == session:
+            outbox.heard(num_read)
+        return self._is_well
 
     async def receipt(self, request_id: str, pin: str) -> EngineReceipt | None:
         """What was noted of a timed call, by its first request; once. None if that was too long ago."""
@@ -207,17 +214,26 @@ class EngineReplica:
         )._asdict()
 
     def check_health(self) -> None:
-        """Raise when the engine thread is dead, so that Serve replaces this replica."""
-        if not self._loop.is_alive:
-            raise RuntimeError(f"the engine thread is dead: {self._loop.failure!r}")
+        """Raise when the engine thread is dead or stuck, so that Serve replaces this replica."""
+        if not self._is_well:
+            raise RuntimeError(self._complaint())
 
     def __del__(self) -> None:
         if loop := getattr(self, "_loop", None):  # absent when the constructor failed
-            loop.stop()
+            loop.stop(STOP_TIMEOUT_S)
             if self._compiler is not None:
                 self._compiler.close()
             if self._tracer is not None:
                 self._tracer.close()
+
+    @property
+    def _is_well(self) -> bool:
+        return self._loop.is_alive and not self._is_stuck
+
+    def _complaint(self) -> str:
+        if self._loop.is_alive:
+            return "the engine thread is stuck in a step"
+        return f"the engine thread is dead: {self._loop.failure!r}"
 
     async def _compile(self, submissions: list[Submission]) -> "tuple[list[Submission], dict[GrammarSpec, Grammar]]":
         """The grammars that `submissions` need, and those submissions that were not aborted meanwhile.
@@ -307,23 +323,28 @@ class EngineReplica:
                 self._tracer.phases(timing, owner.trail, failed=reason == "error")
 
     def _outbox(self, channel_id: str) -> Outbox:
+        """Where outputs for this ingress go now: to a session that has not been given up."""
         if self._watch is None:
             self._event_loop = asyncio.get_running_loop()
             self._watch = self._event_loop.create_task(self._watch_over())
-        if channel_id not in self._outboxes:
-            self._outboxes[channel_id] = Outbox()
-        return self._outboxes[channel_id]
+        outbox = self._outboxes.get(channel_id)
+        if outbox is None or outbox.is_closed:
+            outbox = self._outboxes[channel_id] = Outbox(channel_id, self._num_sessions)
+            self._num_sessions += 1
+        return outbox
 
-    async def _drop(self, channel_id: str) -> None:
-        if outbox := self._outboxes.pop(channel_id, None):
-            outbox.close()
-            await self.abort(list(outbox.request_ids))
+    async def _drop(self, outbox: Outbox) -> None:
+        if self._outboxes.get(outbox.channel_id) is outbox:
+            del self._outboxes[outbox.channel_id]
+        outbox.close(discard=True)
+        await self.abort(list(outbox.request_ids))
 
     def _deliver(self, outputs: "list[TokenOutput]", stats: "StepStats") -> None:
         """Called in the engine's thread, once a step."""
         self._metrics.observe_step(stats)
         if stats.num_tokens:
             self._admission.observe(stats.num_tokens, stats.seconds)
+            self._step_watch.observe(stats.num_tokens, stats.seconds)
         if self._unstarted and stats.num_tokens:
             self._look_who_started(stats.seconds)
         if outputs and self._event_loop is not None:
@@ -360,21 +381,23 @@ class EngineReplica:
             outbox.put(own)
 
     async def _watch_over(self) -> None:
-        """End the channels of a dead engine, so that their streams resume elsewhere, and forget silent ingresses."""
+        """End the channels of a dead or stuck engine, so that their streams resume elsewhere; else let them beat, and
+        forget the ingresses that are gone.
+        """
+        loop, turn = self._loop, 0
         while True:
-            await asyncio.sleep(WATCH_PERIOD_S)
-            if not self._loop.is_alive:
-                for outbox in self._outboxes.values():
+            await asyncio.sleep(TURN_S)
+            turn += 1
+            num_tokens = self._engine.scheduled.num_tokens
+            self._is_stuck = self._step_watch.is_stuck(loop.num_rounds, num_tokens, is_idle=loop.is_idle)
+            for outbox in list(self._outboxes.values()):
+                outbox.turn(beat=turn % BEAT_TURNS == 0)
+                if not self._is_well:
                     outbox.close()
-                continue
-            now = time.monotonic()
-            for channel_id, outbox in list(self._outboxes.items()):
-                if outbox.request_ids:
-                    outbox.last_busy = now
-                if outbox.last_seen < now - SILENCE_LIMIT_S:
-                    await self._drop(channel_id)
-                elif self._idle_channel_s is not None and outbox.last_busy < now - self._idle_channel_s:
-                    self._outboxes.pop(channel_id).close()
+                elif outbox.is_forsaken:
+                    await self._drop(outbox)
+                elif self._idle_channel_s is not None and outbox.idle_turns * TURN_S > self._idle_channel_s:
+                    self._outboxes.pop(outbox.channel_id).close()
 
 
 def facts(engine: "Engine") -> tuple[dict[str, object], dict[str, object]]:

@@ -2,7 +2,9 @@
 
 `submit` may go to any replica; the `channel`, `abort` and `ping` that follow must reach the very replica that
 accepted, and carry its id as the keyword `pin`. Serve's own queue length says nothing here, since submitting is over
-in a millisecond while the stream lives on; so `submit` carries a `hint`, what its ingress knows (`service.balance`).
+in a millisecond while the stream lives on; so `submit` carries a `hint`, what its ingress knows (`service.balance`). It
+also carries `chosen`, a list which the router, in the caller's process, adds its choice to: should the call hang, the
+caller knows whom to blame.
 """
 
 import random
@@ -72,6 +74,7 @@ class PinnedRouter(RequestRouter):
         if order:
             call_id = call.metadata.internal_request_id
             self._in_flight[call_id] = Sent(order[0], hint.num_tokens - hint.cached.get(order[0], 0))
+            call.kwargs.get("chosen", []).append(order[0])
             # One that is given up before it is sent never completes.
             call.future.add_done_callback(lambda future: future.cancelled() and self._in_flight.pop(call_id, None))
         return order

@@ -25,10 +25,15 @@ class Piece(NamedTuple):
 
 
 class Stream:
-    """A journal and its way back to the client. It may move from replica to replica; the client does not see it."""
+    """A journal and its way back to the client. It may move from replica to replica; the client does not see it.
+
+    call_id: shared by the choices of one HTTP request, which move together. replica_id, session: who has accepted the
+    current attempt, if anybody has, and where its tokens come.
+    """
 
     def __init__(
         self,
+        call_id: str,
         choice: int,
         work: Work,
         deadline: float | None,
@@ -36,24 +41,25 @@ class Stream:
         trail: Trail,
         tell: Callable[[Piece], None],
     ) -> None:
+        self.call_id = call_id
         self.work = work
         self.journal: list[int] = []
         self.resumes = 0
         self.replica_id: str | None = None
         self.visit: Visit | None = None  # of the current attempt, if it leads its prompt's choices
+        self.session = -1
         self.wanted = True
         self._choice = choice
         self._deadline = deadline
         self._timed = timed
         self._trail = trail
         self._tell = tell
-        self._name = uuid.uuid4().hex
         self._attempt = 0
 
     @property
     def request_id(self) -> str:
         """The engine's name for the current attempt: late tokens of an earlier one match no stream and are dropped."""
-        return f"{self._name}-{self._attempt}"
+        return f"{self.call_id}-{self._choice}-{self._attempt}"
 
     def new_attempt(self) -> Submission:
         """The request as it stands; after a replica's death, with what was already said."""
@@ -99,7 +105,8 @@ class Generation:
     ) -> None:
         self.on_overrun: list[Callable[[], object]] = []
         self.is_overrun = False
-        self.streams = [Stream(i, work, deadline, timed, trail, self._put) for i, work in enumerate(works)]
+        call_id = uuid.uuid4().hex
+        self.streams = [Stream(call_id, i, work, deadline, timed, trail, self._put) for i, work in enumerate(works)]
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self._unread = 0
         self._max_unread = math.inf if max_unread_tokens is None else max_unread_tokens * len(works)

@@ -23,11 +23,15 @@ class EngineLoop:
     deliver: called in the engine's thread after each step, with the step's outputs and numbers, and once more when
         aborts leave nothing to do. It must not block.
     failure: the exception that ended the loop, if one did: the replica is then of no use.
+    num_rounds: how often it has gone round, is_idle: whether it waits for something to do. Of a loop that is not idle
+        and goes round no more, a step is stuck.
     """
 
     def __init__(self, engine: Engine, deliver: Deliver) -> None:
         self.engine = engine
         self.failure: BaseException | None = None
+        self.num_rounds = 0
+        self.is_idle = True
         self._deliver = deliver
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -52,16 +56,17 @@ class EngineLoop:
         ids = list(request_ids)
         self._inbox.put(lambda: [self.engine.abort(request_id) for request_id in ids])
 
-    def stop(self) -> None:
-        """End the loop after the step in progress, and wait for it."""
+    def stop(self, timeout_s: float | None = None) -> None:
+        """End the loop after the step in progress, and wait for it, so long at most."""
         self._stopping.set()
         self._inbox.put(lambda: None)  # wakes an idle loop
-        self._thread.join()
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         failed = 0  # steps in a row
         try:
             while not self._stopping.is_set():
+                self.num_rounds += 1
                 self._drain_inbox()
                 if self.engine.has_work:
                     failed = 0 if self._step() else failed + 1
@@ -86,7 +91,10 @@ class EngineLoop:
     def _drain_inbox(self) -> None:
         """Carry out what has come in; with nothing to compute, wait for something to come in."""
         if not self.engine.has_work:
-            self._wait_for_a_command()()
+            self.is_idle = True
+            command = self._wait_for_a_command()
+            self.is_idle = False
+            command()
         while True:
             try:
                 self._inbox.get_nowait()()

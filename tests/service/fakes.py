@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from service.balance import RouteHint, Standing, rank
@@ -12,14 +13,23 @@ from service.router import NoReplica, ReplicaGone
 
 
 class FakeReplica:
-    """Accepts everything; the test decides what it says and when it dies."""
+    """Accepts everything; the test decides what it says, when it dies, and when it stands still."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.outbox = Outbox()
         self.submitted: list[Submission] = []
         self.aborted: list[str] = []
+        self.pings: list[tuple[int | None, int]] = []
         self.answer: Accepted | Refused = Accepted(name)
+        self.awake = asyncio.Event()
+        self.awake.set()
+
+    def new_session(self) -> None:
+        """Give up the channel as a replica does that has not heard of its ingress: what was on it is forgotten."""
+        self.outbox.close(discard=True)
+        self.outbox = Outbox(session=self.outbox.session + 1)
+        self.answer = Accepted(self.name, self.outbox.session)
 
     def say(self, number: int, *token_ids: int, finish_reason: str | None = None) -> None:
         """Emit tokens for the number-th submission."""
@@ -43,7 +53,7 @@ class FakeFleet:
     def __init__(self, *names: str) -> None:
         self.replicas = {name: FakeReplica(name) for name in names}
         self.hints: list[RouteHint] = []
-        self.submit = Method(self._submit)
+        self.submit = Method(self._route)
         self.abort = Method(self._abort)
         self.ping = Method(self._ping)
         self.describe = Method(self._describe)
@@ -61,17 +71,22 @@ class FakeFleet:
         """Nothing more from this replica; its channel ends."""
         self.replicas.pop(name).outbox.close()
 
-    def broadcast(self, method: str, *args: object) -> "Broadcast":
-        return Broadcast()
+    def broadcast(self, method: str, *args: Any) -> "Broadcast":
+        return Broadcast([self._abort(*args, pin=name) for name in self.replicas] if method == "abort" else ())
 
-    async def _submit(self, channel_id: str, submissions: list[Submission], hint: RouteHint) -> Any:
+    async def _route(self, *args: Any, hint: RouteHint, chosen: list[str]) -> Any:
         while not self.replicas:  # as Serve does
             await asyncio.sleep(0)
+        chosen += rank(dict.fromkeys(self.replicas, Standing()), hint)[:1]
+        return await self._submit(*args, hint=hint)
+
+    async def _submit(self, channel_id: str, submissions: list[Submission], hint: RouteHint) -> Any:
         self.hints.append(hint)
         order = rank(dict.fromkeys(self.replicas, Standing()), hint)
         if not order:
             raise NoReplica
         replica = self.replicas[order[0]]
+        await replica.awake.wait()
         if isinstance(replica.answer, Accepted):
             replica.submitted += submissions
         return replica.answer
@@ -79,21 +94,27 @@ class FakeFleet:
     async def _abort(self, request_ids: list[str], pin: str) -> None:
         self._pinned(pin).aborted += request_ids
 
-    async def _ping(self, channel_id: str, pin: str) -> None:
-        self._pinned(pin)
+    async def _ping(self, channel_id: str, session: int | None, num_read: int, pin: str) -> bool:
+        replica = self._pinned(pin)
+        await replica.awake.wait()
+        replica.pings.append((session, num_read))
+        return isinstance(replica.answer, Accepted)
 
     async def _receipt(self, request_id: str, pin: str) -> EngineReceipt:
         self._pinned(pin)
         return EngineReceipt(queue=0.25, prefill=0.5, decode=None, weights_sha256="ab")
 
-    async def _describe(self) -> EngineInfo:
+    async def _describe(self, hint: RouteHint) -> EngineInfo:
         while not self.replicas:  # as Serve does
             await asyncio.sleep(0)
         return EngineInfo(max_model_len=64, capacity=16, kv_cache_tokens=4096)
 
-    async def _channel(self, channel_id: str, pin: str) -> AsyncIterator[Any]:
-        outbox = self._pinned(pin).outbox
-        while (outputs := await outbox.take()) is not None:
+    async def _channel(self, channel_id: str, session: int, pin: str) -> AsyncIterator[Any]:
+        replica = self._pinned(pin)
+        if replica.outbox.session != session:
+            return
+        while (outputs := await replica.outbox.take()) is not None:
+            await replica.awake.wait()
             yield outputs
 
     def _pinned(self, pin: str) -> FakeReplica:
@@ -103,22 +124,72 @@ class FakeFleet:
 
 
 class LocalFleet:
-    """One real replica in this process, without Ray between it and the ingress."""
+    """Real replicas in this process, without Ray between them and the ingress.
 
-    def __init__(self, replica: EngineReplica) -> None:
-        self.replica = replica
-        self.submit = Method(replica.submit)
-        self.abort = Method(replica.abort)
-        self.ping = Method(replica.ping)
-        self.describe = Method(replica.describe)
-        self.channel = Stream(replica.channel)
-        self.receipt = Method(replica.receipt)
+    lifetime: after so many outputs, a replica dies; only the first one.
+    """
+
+    def __init__(self, *replicas: EngineReplica) -> None:
+        self._all = replicas
+        self.revive()
+        self.submit = Method(self._submit)
+        self.describe = Method(replicas[0].describe)
+        self.channel = Stream(self._channel)
+        for name in ("abort", "ping", "receipt"):
+            setattr(self, name, Method(partial(self._pinned, name)))
 
     def options(self, stream: bool) -> "LocalFleet":
         return self
 
     def broadcast(self, method: str, *args: object) -> "Broadcast":
-        return Broadcast([getattr(self.replica, method)(*args)])
+        return Broadcast([getattr(replica, method)(*args) for replica in self.replicas.values()])
+
+    def revive(self) -> None:
+        """All replicas live, as long as they may."""
+        self.replicas = {replica._replica_id: replica for replica in self._all}
+        self.deaths = {name: asyncio.Event() for name in self.replicas}
+        self.lifetime: int | None = None
+
+    def kill(self, name: str) -> None:
+        """Nothing more from this replica, not even the end of its channel."""
+        del self.replicas[name]
+        self.deaths[name].set()
+
+    async def _submit(self, channel_id: str, submissions: list[Submission], hint: RouteHint, chosen: list[str]) -> Any:
+        order = rank(dict.fromkeys(self.replicas, Standing()), hint)
+        if not order:
+            raise NoReplica
+        chosen.append(order[0])
+        return await self.replicas[order[0]].submit(channel_id, submissions, hint)
+
+    async def _pinned(self, method: str, *args: Any, pin: str) -> Any:
+        if pin not in self.replicas:
+            raise ReplicaGone(pin)
+        return await getattr(self.replicas[pin], method)(*args, pin=pin)
+
+    async def _channel(self, channel_id: str, session: int, pin: str) -> AsyncIterator[Any]:
+        if pin not in self.replicas:
+            raise ReplicaGone(pin)
+        channel = self.replicas[pin].channel(channel_id, session, pin)
+        died = asyncio.ensure_future(self.deaths[pin].wait())
+        while True:
+            item = asyncio.ensure_future(anext(channel))
+            await asyncio.wait({item, died}, return_when=asyncio.FIRST_COMPLETED)
+            if died.done():
+                item.cancel()
+                await asyncio.gather(item, return_exceptions=True)
+                raise ReplicaGone(pin)
+            try:
+                outputs = item.result()
+            except StopAsyncIteration:
+                return
+            if self.lifetime is not None:
+                outputs = outputs[: self.lifetime]  # the rest dies with it
+                self.lifetime -= len(outputs)
+                if not self.lifetime:
+                    self.lifetime = None
+                    self.kill(pin)
+            yield outputs
 
 
 class Broadcast:

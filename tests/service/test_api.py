@@ -57,7 +57,7 @@ async def api(service: Service) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def fleet_of(service: Service) -> FakeFleet:
-    return service.dispatcher._engines  # type: ignore[return-value]
+    return service.dispatcher._engines.handle  # type: ignore[return-value]
 
 
 def refusal(answer: httpx.Response, status: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 import asyncio
 
-from service.channel import Outbox
+from service.channel import MAX_UNREAD, SILENT_INGRESS_TURNS, Outbox
 
 
 async def test_outputs_that_gather_while_nobody_takes_leave_as_one_item() -> None:
@@ -34,4 +34,38 @@ async def test_a_closed_outbox_gives_what_it_holds_and_then_ends() -> None:
     outbox.put([("a", [1], None, 0, None)])
     outbox.close()
     assert await outbox.take() == [("a", [1], None, 0, None)]
+    assert await outbox.take() is None
+
+
+async def test_a_beat_is_an_item_without_outputs() -> None:
+    outbox = Outbox()
+    outbox.turn(beat=True)
+    assert await outbox.take() == []
+
+
+async def test_an_ingress_that_does_not_ping_is_gone() -> None:
+    outbox = Outbox()
+    for _ in range(SILENT_INGRESS_TURNS):
+        outbox.turn(beat=False)
+    assert not outbox.is_forsaken
+    outbox.turn(beat=False)
+    assert outbox.is_forsaken
+    outbox.heard(0)
+    assert not outbox.is_forsaken
+
+
+async def test_what_ray_holds_for_an_ingress_that_does_not_read_counts_as_unread() -> None:
+    outbox = Outbox()
+    outbox.put([("a", [1], None, 0, None)] * MAX_UNREAD)
+    await outbox.take()
+    outbox.put([("a", [1], None, 0, None)])
+    assert outbox.is_forsaken
+    outbox.heard(MAX_UNREAD)
+    assert not outbox.is_forsaken
+
+
+async def test_a_session_that_is_given_up_keeps_nothing() -> None:
+    outbox = Outbox()
+    outbox.put([("a", [1], None, 0, None)])
+    outbox.close(discard=True)
     assert await outbox.take() is None

@@ -6,9 +6,10 @@ import pytest
 
 from model.errors import InvalidRequest
 from model.sampling.params import SamplingParams
-from service.channel import Refused, Work
-from service.dispatch import MAX_RESUMES, Dispatcher
+from service.channel import Accepted, Outbox, Refused, Work
+from service.dispatch import MAX_EMPTY_CENSUSES, MAX_RESUMES, Dispatcher
 from service.errors import DeadlineExceeded, Overloaded, Unavailable
+from service.link import SILENT_TURNS
 from service.metrics import IngressMetrics
 from service.streams import Generation
 from tests.service.fakes import FakeFleet
@@ -143,7 +144,7 @@ async def test_letting_go_ends_every_channel() -> None:
     fleet.replicas["a"].say(0, 5)
     await tokens(generation, 1)
     dispatcher.close()
-    await until(lambda: not dispatcher._pumps)
+    await until(lambda: all(link.is_done for link in dispatcher._links.values()))
 
 
 async def test_a_deadline_crosses_the_hop_as_the_time_that_is_left() -> None:
@@ -191,3 +192,147 @@ async def test_a_request_waits_longer_where_the_engines_may_sleep(monkeypatch: p
     asyncio.get_running_loop().call_later(0.1, fleet.add, "late")
     generation = await dispatcher.open([WORK])
     assert generation.streams[0].replica_id == "late"
+
+
+@pytest.fixture
+def quick_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns of a hundredth of a second."""
+    for module in ("link", "dispatch"):
+        monkeypatch.setattr(f"service.{module}.TURN_S", 0.01)
+    monkeypatch.setattr("service.dispatch.CENSUS_PERIOD_S", 0.01)
+
+
+@pytest.mark.usefixtures("quick_turns")
+async def test_a_replica_that_falls_silent_loses_its_streams_and_its_late_tokens_are_dropped() -> None:
+    fleet = FakeFleet("a", "b")
+    dispatcher = dispatcher_for(fleet)
+    generation = await dispatcher.open([WORK])
+    silent, other = sorted(fleet.replicas.values(), key=lambda replica: not replica.submitted)
+    silent.say(0, 7)
+    assert await tokens(generation, 1) == [7]
+    silent.awake.clear()
+    await until(lambda: other.submitted)
+    assert other.submitted[0].output_ids == [7]
+    silent.say(0, 66)
+    silent.awake.set()
+    other.say(0, 8)
+    assert await tokens(generation, 1) == [8]
+    await until(lambda: silent.aborted == [silent.submitted[0].request_id])
+
+
+@pytest.mark.usefixtures("quick_turns")
+async def test_a_channel_that_beats_is_not_silent() -> None:
+    fleet = FakeFleet("a", "b")
+    generation = await dispatcher_for(fleet).open([WORK])
+    busy, other = sorted(fleet.replicas.values(), key=lambda replica: not replica.submitted)
+    for _ in range(3 * SILENT_TURNS):
+        busy.outbox.turn(beat=True)
+        await asyncio.sleep(0.01)
+    assert not other.submitted
+    busy.say(0, 5)
+    assert await tokens(generation, 1) == [5]
+
+
+@pytest.mark.usefixtures("quick_turns")
+async def test_a_silent_replica_gets_no_work_until_it_answers_again() -> None:
+    fleet = FakeFleet("a", "b")
+    dispatcher = dispatcher_for(fleet)
+    await dispatcher.open([WORK])
+    silent, other = sorted(fleet.replicas.values(), key=lambda replica: not replica.submitted)
+    silent.awake.clear()
+    await until(lambda: other.submitted)
+    for _ in range(3):
+        await dispatcher.open([WORK])
+    assert len(other.submitted) == 4
+    silent.new_session()
+    silent.awake.set()
+    await until(lambda: silent.name not in dispatcher._in_doubt())
+    await dispatcher.open([WORK])
+    assert len(silent.submitted) == 2
+
+
+@pytest.mark.usefixtures("quick_turns")
+async def test_a_call_to_a_replica_that_never_said_a_word_is_made_elsewhere_in_the_end() -> None:
+    fleet = FakeFleet("a", "b")
+    fleet.replicas["a"].awake.clear()
+    dispatcher = dispatcher_for(fleet)
+    generation = await dispatcher.open([WORK])
+    b = fleet.replicas["b"]
+    b.say(len(b.submitted) - 1, 5)
+    assert await tokens(generation, 1) == [5]
+
+
+@pytest.mark.usefixtures("quick_turns")
+async def test_streams_of_a_session_that_the_replica_gave_up_move_even_if_its_end_was_never_seen() -> None:
+    fleet = FakeFleet("a")
+    dispatcher = dispatcher_for(fleet)
+    first = await dispatcher.open([WORK])
+    a = fleet.replicas["a"]
+    a.outbox = Outbox(session=1)  # without a word about the old one
+    a.answer = Accepted("a", 1)
+    await dispatcher.open([WORK])
+    await until(lambda: len(a.submitted) == 3)
+    assert a.submitted[2].resumed
+    a.say(2, 5)
+    assert await tokens(first, 1) == [5]
+
+
+@pytest.mark.usefixtures("quick_turns")
+async def test_a_ping_tells_how_much_has_come() -> None:
+    fleet = FakeFleet("a")
+    generation = await dispatcher_for(fleet).open([WORK])
+    a = fleet.replicas["a"]
+    a.say(0, 5)
+    a.say(0, 6)
+    await tokens(generation, 2)
+    await until(lambda: (0, 2) in a.pings)
+
+
+@pytest.mark.usefixtures("quick_turns")
+async def test_a_stream_fails_when_no_replica_is_left_and_none_is_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = FakeFleet("a")
+    dispatcher = dispatcher_for(fleet)
+
+    async def none() -> int:
+        return 0
+
+    monkeypatch.setattr(dispatcher._engines, "num_replicas", none)
+    generation = await dispatcher.open([WORK])
+    fleet.kill("a")
+    async with asyncio.timeout(5):
+        (piece,) = await generation.next()
+    assert isinstance(piece.error, Unavailable)
+    assert "no other runs" in str(piece.error)
+
+
+@pytest.mark.usefixtures("quick_turns")
+async def test_a_stream_waits_for_a_replica_that_is_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = FakeFleet("a")
+    dispatcher = dispatcher_for(fleet)
+    asked = []
+
+    async def one() -> int:
+        asked.append(True)
+        return 1
+
+    monkeypatch.setattr(dispatcher._engines, "num_replicas", one)
+    generation = await dispatcher.open([WORK])
+    fleet.kill("a")
+    await until(lambda: len(asked) > 2 * MAX_EMPTY_CENSUSES)
+    fleet.add("b")
+    await until(lambda: fleet.replicas["b"].submitted)
+    fleet.replicas["b"].say(0, 5)
+    assert await tokens(generation, 1) == [5]
+
+
+async def test_requests_move_each_for_itself_and_the_choices_of_one_together() -> None:
+    fleet = FakeFleet("a")
+    dispatcher = dispatcher_for(fleet)
+    await dispatcher.open([WORK, WORK])
+    await dispatcher.open([WORK])
+    for name in ("b", "c"):
+        fleet.add(name)
+    fleet.kill("a")
+    await until(lambda: sum(len(replica.submitted) for replica in fleet.replicas.values()) == 3)
+    calls = [{one.request_id[:32] for one in replica.submitted} for replica in fleet.replicas.values()]
+    assert sum(map(len, calls)) == 2, "nobody's choices are parted"

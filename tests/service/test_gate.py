@@ -98,7 +98,7 @@ async def test_a_path_that_leads_nowhere_does_not_tell_so_without_a_key(service:
 
 async def test_a_key_has_no_more_requests_open_than_it_may(service: Service, file: Path) -> None:
     key = keys.add(file, "team-a", max_concurrent=1)
-    fleet: Any = service.dispatcher._engines
+    fleet: Any = service.dispatcher._engines.handle
     ids, fleet.ids = fleet.ids, []  # this test speaks for the engine
     async with client_of(service, Door(api_keys_file=str(file)), key) as client:
         first = asyncio.create_task(complete(client))
@@ -165,7 +165,7 @@ async def test_a_deadline_that_has_passed_is_refused_before_the_engine_hears_of_
     headers, body = ({"x-request-deadline-ms": "0"}, {}) if way == "header" else ({}, {"deadline_ms": 0})
     async with client_of(service, Door()) as client:
         assert refusal(await complete(client, headers, **body), 408)["code"] == "deadline_exceeded"
-    fleet: Any = service.dispatcher._engines
+    fleet: Any = service.dispatcher._engines.handle
     assert fleet.replicas["a"].submitted == []
 
 
@@ -181,7 +181,7 @@ async def test_a_request_within_its_deadline_is_answered(service: Service) -> No
 
 
 async def test_a_deadline_that_passes_while_the_request_waits_ends_it_with_a_408(service: Service) -> None:
-    fleet: Any = service.dispatcher._engines
+    fleet: Any = service.dispatcher._engines.handle
     fleet.ids = []  # the engine never answers
     async with client_of(service, Door()) as client:
         refusal(await complete(client, deadline_ms=50), 408)
@@ -198,7 +198,7 @@ async def test_a_deadline_that_is_no_time_is_refused_by_name(service: Service, t
 
 
 async def test_the_requests_of_a_session_are_told_apart_from_those_of_other_keys(service: Service, file: Path) -> None:
-    fleet: Any = service.dispatcher._engines
+    fleet: Any = service.dispatcher._engines.handle
     for name in ("one", "two"):
         async with client_of(service, Door(api_keys_file=str(file)), keys.add(file, name)) as client:
             assert (await complete(client, {"x-session-id": "talk-1"})).status_code == 200
@@ -252,7 +252,7 @@ async def test_a_named_origin_may_ask_and_others_may_not(service: Service, file:
 async def test_a_client_that_does_not_read_is_cut_off_and_the_engine_stopped(tiny_model: Path) -> None:
     """The server's `send` waits for the client; the engine does not."""
     service = service_with(tiny_model, Limits(max_unread_tokens=4))
-    fleet: Any = service.dispatcher._engines
+    fleet: Any = service.dispatcher._engines.handle
     ids, fleet.ids = fleet.ids, []  # this test speaks for the engine
     body = json.dumps({"prompt": "x", "max_tokens": 1000, "stream": True}).encode()
     messages = [{"type": "http.request", "body": body, "more_body": False}]
@@ -284,7 +284,7 @@ async def test_a_client_that_does_not_read_is_cut_off_and_the_engine_stopped(tin
 
 
 async def test_a_deadline_that_passes_in_a_stream_ends_it_with_a_typed_error(service: Service) -> None:
-    fleet: Any = service.dispatcher._engines
+    fleet: Any = service.dispatcher._engines.handle
     ids, fleet.ids = fleet.ids, []  # this test speaks for the engine
     async with client_of(service, Door()) as client:
         answering = asyncio.create_task(complete(client, stream=True, deadline_ms=60_000))

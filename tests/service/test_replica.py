@@ -38,7 +38,8 @@ def submission(name: str, *, max_tokens: int = 5, output_ids: tuple[int, ...] = 
 async def replica(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[EngineReplica]:
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="r1"))
     monkeypatch.setattr(replica_module.serve, "get_replica_context", lambda: context)
-    monkeypatch.setattr(replica_module, "WATCH_PERIOD_S", 0.01)
+    monkeypatch.setattr(replica_module, "TURN_S", 0.01)
+    monkeypatch.setattr("service.channel.SILENT_INGRESS_TURNS", 2_000)
     replica = EngineReplica(str(tiny_model), "tiny", OPTIONS, Queue(max_waiting=2))
     yield replica
     replica.__del__()
@@ -83,32 +84,32 @@ async def test_a_replica_that_is_left_the_choice_computes_in_bf16_with_native_ke
 async def test_outputs_that_came_before_the_channel_was_opened_are_not_lost(replica: EngineReplica) -> None:
     assert await replica.submit("c", [submission("a")], RouteHint()) == Accepted("r1")
     await until(lambda: not replica._owners)
-    assert len((await read(replica.channel("c", "r1"), 1))["a"]) == 5
+    assert len((await read(replica.channel("c", 0, "r1"), 1))["a"]) == 5
 
 
 async def test_one_channel_carries_all_requests_of_its_ingress_and_no_others(replica: EngineReplica) -> None:
     await replica.submit("mine", [submission("a"), submission("b")], RouteHint())
     await replica.submit("theirs", [submission("c")], RouteHint())
-    assert set(await read(replica.channel("mine", "r1"), 2)) == {"a", "b"}
+    assert set(await read(replica.channel("mine", 0, "r1"), 2)) == {"a", "b"}
 
 
 async def test_several_choices_of_one_prompt_compute_it_once(replica: EngineReplica) -> None:
     choices = [submission(name, prompt=49) for name in "abcd"]
     await replica.submit("c", choices, RouteHint())
-    await read(replica.channel("c", "r1"), 4)
+    await read(replica.channel("c", 0, "r1"), 4)
     assert sample(replica, "prefix_cache_hits_total") == 3 * 48
 
 
 async def test_a_resumed_request_goes_on_where_it_stopped(replica: EngineReplica) -> None:
     await replica.submit("c", [submission("whole", max_tokens=8)], RouteHint())
-    whole = (await read(replica.channel("c", "r1"), 1))["whole"]
+    whole = (await read(replica.channel("c", 0, "r1"), 1))["whole"]
     await replica.submit("d", [submission("rest", max_tokens=8, output_ids=tuple(whole[:3]))], RouteHint())
-    assert (await read(replica.channel("d", "r1"), 1))["rest"] == whole[3:]
+    assert (await read(replica.channel("d", 1, "r1"), 1))["rest"] == whole[3:]
 
 
 async def test_the_end_of_a_channel_frees_what_its_ingress_had_running(replica: EngineReplica) -> None:
     await replica.submit("c", [submission("a", max_tokens=1000)], RouteHint())
-    channel = replica.channel("c", "r1")
+    channel = replica.channel("c", 0, "r1")
     await anext(channel)
     await channel.aclose()
     assert not replica._owners, "aborted at once, not finished some time"
@@ -119,7 +120,7 @@ async def test_the_end_of_a_channel_frees_what_its_ingress_had_running(replica: 
 async def test_an_ingress_that_falls_silent_is_forgotten(
     replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replica_module, "SILENCE_LIMIT_S", 0.0)
+    monkeypatch.setattr("service.channel.SILENT_INGRESS_TURNS", 0)
     await replica.submit("c", [submission("a", max_tokens=1000)], RouteHint())
     await until(lambda: not replica._outboxes and not replica._owners)
     await until(lambda: sample(replica, "num_requests_running") == 0)
@@ -130,21 +131,58 @@ async def test_an_engine_that_is_to_sleep_lets_go_of_an_ingress_that_has_nothing
 ) -> None:
     monkeypatch.setattr(replica, "_idle_channel_s", 0.05)
     await replica.submit("c", [submission("a", max_tokens=200)], RouteHint())
-    assert len((await read(replica.channel("c", pin="r1"), until_finished=2))["a"]) == 200, "and not while it has"
+    assert len((await read(replica.channel("c", 0, "r1"), until_finished=2))["a"]) == 200, "and not while it has"
     assert replica._outboxes == {}
     await replica.submit("c", [submission("b")], RouteHint())
-    assert len((await read(replica.channel("c", pin="r1"), until_finished=1))["b"]) == 5, "it may come back"
+    assert len((await read(replica.channel("c", 1, "r1"), until_finished=1))["b"]) == 5, "it may come back"
 
 
-async def test_the_end_of_an_idle_channel_leaves_the_next_one_alone(replica: EngineReplica) -> None:
-    await replica.ping("c", pin="r1")
-    old = replica.channel("c", pin="r1")
-    ended = asyncio.ensure_future(anext(old, None))
-    await asyncio.sleep(0)
-    replica._outboxes.pop("c").close()
-    await replica.submit("c", [submission("a")], RouteHint())
-    assert await ended is None
-    assert len((await read(replica.channel("c", pin="r1"), until_finished=1))["a"]) == 5
+async def test_an_ingress_that_does_not_read_is_forgotten_before_it_fills_the_memory(
+    replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.channel.MAX_UNREAD", 50)
+    await replica.submit("c", [submission("a", max_tokens=1000)], RouteHint())
+    channel = replica.channel("c", 0, "r1")
+    await anext(channel)
+    await until(lambda: not replica._owners)
+    with pytest.raises(StopAsyncIteration):
+        await anext(channel)
+
+
+async def test_a_session_that_is_over_ends_at_once_and_leaves_the_next_one_alone(replica: EngineReplica) -> None:
+    await replica.submit("c", [submission("a", max_tokens=1000)], RouteHint())
+    old = replica.channel("c", 0, "r1")
+    await anext(old)
+    replica._outboxes["c"].close()
+    assert await replica.submit("c", [submission("b")], RouteHint()) == Accepted("r1", 1)
+    assert [item async for item in replica.channel("c", 0, "r1")] == []
+    await old.aclose()
+    assert len((await read(replica.channel("c", 1, "r1"), 1))["b"]) == 5
+
+
+async def test_a_stuck_step_ends_the_channels_and_the_replica_is_well_when_it_goes_on(
+    replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.step_watch.LEAST_S", 0.2)
+    await replica.submit("c", [submission("a", max_tokens=1000)], RouteHint())
+    channel = replica.channel("c", 0, "r1")
+    await anext(channel)
+    step, go_on = replica._engine.step, threading.Event()
+    monkeypatch.setattr(replica._engine, "step", lambda: (go_on.wait(20), step())[1])
+    async with asyncio.timeout(20):
+        async for _ in channel:
+            pass
+    refused = await replica.submit("c", [submission("b")], RouteHint())
+    assert isinstance(refused, Refused)
+    assert refused.kind == "failed"
+    with pytest.raises(RuntimeError, match="stuck"):
+        replica.check_health()
+    assert not await replica.ping("c", None, 0, "r1")
+    go_on.set()
+    await until(lambda: replica._is_well)
+    await until(lambda: sample(replica, "num_requests_running") == 0)
+    assert await replica.submit("c", [submission("b")], RouteHint()) == Accepted("r1", 1)
+    assert len((await read(replica.channel("c", 1, "r1"), 1))["b"]) == 5
 
 
 async def test_a_full_replica_refuses_and_starts_nothing(replica: EngineReplica) -> None:
@@ -183,7 +221,7 @@ async def test_the_backlog_in_tokens_is_bounded_too(replica: EngineReplica) -> N
 async def test_a_request_past_its_deadline_is_never_computed(replica: EngineReplica) -> None:
     late = submission("late")._replace(seconds_left=0.0)
     await replica.submit("c", [late], RouteHint())
-    outputs = await anext(replica.channel("c", "r1"))
+    outputs = await anext(replica.channel("c", 0, "r1"))
     assert [(output[0], output[1], output[2]) for output in outputs] == [("late", [], "deadline")]
     assert "attendant_iteration_tokens_count" in replica._metrics.expose()
     assert sample(replica, "iteration_tokens_sum") == 0
@@ -193,9 +231,9 @@ async def test_a_deadline_that_passes_in_decode_ends_the_request_and_frees_its_b
     await replica.submit("c", [submission("a", max_tokens=1000)._replace(seconds_left=0.1)], RouteHint())
     tokens, reason = 0, None
     async with asyncio.timeout(20):
-        async for outputs in replica.channel("c", "r1"):
+        async for outputs in replica.channel("c", 0, "r1"):
             tokens += sum(len(output[1]) for output in outputs)
-            reason = outputs[-1][2]
+            reason = outputs[-1][2] if outputs else None
             if reason:
                 break
     assert reason == "deadline"
@@ -210,7 +248,7 @@ async def test_who_has_priority_is_computed_first(replica: EngineReplica) -> Non
     await replica.submit("c", [first._replace(work=first.work._replace(priority=-1))], RouteHint())
     ended = []
     async with asyncio.timeout(20):
-        async for outputs in replica.channel("c", "r1"):
+        async for outputs in replica.channel("c", 0, "r1"):
             ended += [output[0] for output in outputs if output[2]]
             if len(ended) == 6:
                 break
@@ -236,7 +274,7 @@ def constrained(name: str, spec: GrammarSpec) -> Submission:
 async def test_an_output_keeps_to_its_grammar(replica: EngineReplica, tiny_model: Path) -> None:
     spec = GrammarSpec("choice", '["red", "green"]')
     assert await replica.submit("c", [constrained("a", spec)], RouteHint()) == Accepted("r1")
-    token_ids = (await read(replica.channel("c", "r1"), 1))["a"]
+    token_ids = (await read(replica.channel("c", 0, "r1"), 1))["a"]
     assert Tokenizer.from_directory(tiny_model).decode(token_ids) in ("red", "green")
 
 
@@ -266,7 +304,7 @@ async def test_details_cross_the_channel_for_those_who_ask(replica: EngineReplic
     await replica.submit("c", [Submission("a", work, [], False), submission("b")], RouteHint())
     found = {"a": [], "b": []}
     async with asyncio.timeout(20):
-        async for outputs in replica.channel("c", "r1"):
+        async for outputs in replica.channel("c", 0, "r1"):
             for request_id, _, _, _, details in outputs:
                 found[request_id].append(details)
             if not replica._owners:
@@ -305,7 +343,7 @@ async def test_a_replica_says_what_of_it_is_scarce(replica: EngineReplica) -> No
 
 async def test_a_dead_engine_ends_the_channels_and_fails_the_health_check(replica: EngineReplica) -> None:
     await replica.submit("c", [submission("a", max_tokens=1000)], RouteHint())
-    channel = replica.channel("c", "r1")
+    channel = replica.channel("c", 0, "r1")
     await anext(channel)
     replica._loop.stop()
     async with asyncio.timeout(20):
@@ -324,7 +362,7 @@ async def test_a_timed_request_has_a_receipt_once_and_others_have_none(
     timed = [submission(name, prompt=300)._replace(timed=True) for name in "ab"]
     await replica.submit("c", [*timed], RouteHint())
     await replica.submit("c", [submission("plain")], RouteHint())
-    await read(replica.channel("c", "r1"), 3)
+    await read(replica.channel("c", 0, "r1"), 3)
     receipt = await replica.receipt("a", "r1")
     assert receipt is not None
     assert receipt.queue is not None

@@ -93,3 +93,10 @@ async def test_a_call_that_was_given_up_before_it_was_sent_no_longer_weighs(rout
     await asyncio.sleep(0)
     groups = await router.choose_replicas(replicas, call("next", hint=RouteHint(1, open_streams={"a": 1})))
     assert names(groups)[0] == ["b"]
+
+
+async def test_the_caller_learns_who_was_chosen(router: PinnedRouter) -> None:
+    chosen: list[str] = []
+    hint = RouteHint(open_streams={"a": 1})
+    await router.choose_replicas([replica("a"), replica("b")], call(hint=hint, chosen=chosen))
+    assert chosen == ["b"]

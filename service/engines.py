@@ -1,0 +1,79 @@
+"""The engine deployment as its callers see it: Serve's handle, in any context, with a time limit on each call."""
+
+import asyncio
+import contextvars
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+T = TypeVar("T")
+
+
+class Engines:
+    """All replicas together, or one of them, named by `pin`. Lives on the ingress' event loop."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self.handle = handle
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def call(self, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
+        """One call to one replica. Raises `TimeoutError`, `ReplicaGone` for a pin, and whatever Ray has to say."""
+
+        async def call() -> Any:
+            return await getattr(self.handle, method).remote(*args, **kwargs)
+
+        return await asyncio.wait_for(self.spawn(call()), timeout_s)
+
+    async def broadcast(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+        """The same call to every replica: what they answer, or the exception instead."""
+
+        async def call() -> list[Any]:
+            answers: list[Any] = await self.handle.broadcast(method, *args).results_async(
+                timeout_s=timeout_s, return_exceptions=True
+            )
+            return answers
+
+        return await self.spawn(call())
+
+    def channel(self, channel_id: str, session: int, pin: str) -> Any:
+        """Open the channel: iterate over it, and cancel it, since dropping it would leave the replica's side running.
+
+        Any: what the call returns depends on `stream`, and Serve's annotations do not follow that.
+        """
+        return self.handle.options(stream=True).channel.remote(channel_id, session, pin=pin)
+
+    async def num_replicas(self) -> int | None:
+        """How many run, or are being started, as Serve's controller has it; None when it does not say."""
+
+        def count() -> int:
+            application = serve.status().applications.get(self.handle.app_name)
+            deployment = application and application.deployments.get(self.handle.deployment_name)
+            states = deployment.replica_states if deployment else {}
+            return sum(number for state, number in states.items() if state != "STOPPING")
+
+        if not ray.is_initialized():  # `status` would start a Ray of its own
+            return None
+        try:
+            return await asyncio.to_thread(count)  # `status` blocks
+        except Exception:  # the controller itself may be restarting
+            return None
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        """Run outside the HTTP request's context.
+
+        Serve cancels every call made in the context of a request when its client leaves. A channel opened on behalf
+        of the first request would die with it, and an abort would be aborted.
+        """
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        self._tasks.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def reason(error: BaseException) -> str:
+    """One line: Ray's errors carry whole tracebacks in their text."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
