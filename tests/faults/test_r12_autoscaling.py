@@ -128,3 +128,16 @@ async def test_replicas_follow_the_load_up_and_down_on_several_nodes_and_no_requ
                 await until(client, lambda number: number == 1)
             print(f"{CYCLES} cycles, {crowd.num_served} requests, {len(crowd.failures)} failed")
             assert crowd.num_served > 20 * CYCLES
+
+
+async def test_a_service_that_sleeps_wakes_for_a_request(tiny_model: Path) -> None:
+    with cluster("fixed", tiny_model, autoscaling=SCALING | {"min_replicas": 0}) as running:
+        async with httpx.AsyncClient(base_url=running.url, timeout=PATIENCE_S) as client:
+            for _ in range(scaled(1, 3)):
+                async with asyncio.timeout(PATIENCE_S):
+                    while running.engine_processes():
+                        await asyncio.sleep(0.2)
+                assert (await client.get("/ready")).status_code == 200, "asked, it says yes and sleeps on"
+                answer = await client.post("/v1/completions", json={"prompt": "Once", "max_tokens": 5})
+                assert answer.status_code == 200, answer.text
+                assert running.engine_processes()
