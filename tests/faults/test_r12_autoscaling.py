@@ -31,9 +31,9 @@ PATIENCE_S = 120  # for a replica to start or to leave, on a machine that has ot
 
 
 @contextmanager
-def cluster(kind: str, model: Path, **args: object) -> Iterator[Running]:
+def cluster(model: Path, **args: object) -> Iterator[Running]:
     port = free_port()
-    words = [kind, str(model), str(port), json.dumps(ARGS | args)]
+    words = [str(model), str(port), json.dumps(ARGS | args)]
     command = [sys.executable, "-m", "tests.faults.cluster_service", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
@@ -119,7 +119,7 @@ async def crowd_at(running: Running) -> AsyncIterator[tuple[Crowd, httpx.AsyncCl
 
 
 async def test_replicas_follow_the_load_up_and_down_on_several_nodes_and_no_request_fails(tiny_model: Path) -> None:
-    with cluster("fixed", tiny_model, autoscaling=SCALING, replica_cpus=1) as running:
+    with cluster(tiny_model, autoscaling=SCALING, replica_cpus=1) as running:
         async with crowd_at(running) as (crowd, client):
             for _ in range(CYCLES):
                 await crowd.resize(12)
@@ -131,7 +131,7 @@ async def test_replicas_follow_the_load_up_and_down_on_several_nodes_and_no_requ
 
 
 async def test_a_service_that_sleeps_wakes_for_a_request(tiny_model: Path) -> None:
-    with cluster("fixed", tiny_model, autoscaling=SCALING | {"min_replicas": 0}) as running:
+    with cluster(tiny_model, autoscaling=SCALING | {"min_replicas": 0}) as running:
         async with httpx.AsyncClient(base_url=running.url, timeout=PATIENCE_S) as client:
             for _ in range(scaled(1, 3)):
                 async with asyncio.timeout(PATIENCE_S):
