@@ -120,8 +120,7 @@ class Guarded:
 
 
 # A service that is soon full: what one test needs many requests for, a few do here.
-MAX_RUNNING, MAX_WAITING = 8, 40
-MAX_UNREAD = 128  # tokens
+MAX_RUNNING, MAX_WAITING = 8, 24
 BUSY = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
 
 
@@ -130,7 +129,7 @@ def small(served_model: Path) -> Iterator[Running]:
     running = start(
         served_model,
         *("--max-num-seqs", str(MAX_RUNNING), "--max-waiting", str(MAX_WAITING), "--kv-cache-tokens", "16384"),
-        *("--max-backlog-tokens", "100000", "--limit", f"max_unread_tokens={MAX_UNREAD}"),
+        *("--max-backlog-tokens", "100000"),
     )
     yield running
     assert stop(running) == 0

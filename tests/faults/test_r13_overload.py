@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import httpx
@@ -13,9 +14,10 @@ from tests.service.conftest import Running
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
-TOKENS = scaled(32, 128)
+# Long ones, so that ten times what the engine can do is not more than two cores can refuse, clients and all.
+TOKENS = scaled(384, 768)
 SECONDS = scaled(3, 20)
-ROUNDS = scaled(3, 10)
+ROUNDS = scaled(1, 5)
 OVERLOAD = 10
 PATIENCE_MS = 50
 
@@ -67,7 +69,8 @@ async def test_an_overloaded_service_says_so_at_once_and_does_its_work(small: Ru
         took = time.perf_counter() - began
     refused = [answer for answer in answers if answer.status == 429]
     num_served = sum(answer.status == 200 for answer in answers)
-    assert len(refused) + num_served == len(answers), "nobody fails, and nobody is left without an answer"
+    statuses = Counter(answer.status for answer in answers)
+    assert statuses.keys() == {200, 429}, f"nobody fails: {statuses}"
     assert len(refused) > len(answers) / 2
     assert num_served >= MAX_RUNNING + MAX_WAITING
     assert all(1 <= int(answer.retry_after or 0) <= 600 for answer in refused)

@@ -1,4 +1,4 @@
-"""R7: clients that do not take their tokens. Their neighbours do not notice, and they are cut off."""
+"""R7: clients that do not take their tokens. Their neighbours do not notice."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ from itertools import pairwise
 import httpx
 import pytest
 
-from tests.faults.conftest import FULL, resident, scaled, settled
+from tests.faults.conftest import FULL, scaled, settled
 from tests.faults.streams import Story, body, read
 from tests.service.conftest import Running
 
@@ -19,7 +19,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults]
 NORMAL, SLOW = 8, 32
 TOKENS = 200
 RECEIVE_BYTES = 4096
-HELD_BYTES = 64 << 20
 
 
 def connect_without_reading(running: Running, request: dict[str, object]) -> socket.socket:
@@ -86,25 +85,7 @@ async def test_slow_readers_do_not_slow_the_others(service: Running) -> None:
         quick, slow = await beside(slow=False), await beside(slow=True)
         ratios.append((slow[0] / quick[0], slow[1] / quick[1]))
     ttft, tpot = (statistics.median(column) for column in zip(*ratios, strict=True))
-    print(f"beside slow readers: TTFT {ttft:.2f} and TPOT {tpot:.2f} times what it is beside quick ones")
+    print(f"beside slow readers: TTFT {ttft:.2f} and TPOT {tpot:.2f} times what it is beside quick ones, of {ratios}")
     if FULL:
         assert ttft <= 1.1
         assert tpot <= 1.1
-
-
-async def test_who_never_reads_is_cut_off_and_holds_little(small: Running) -> None:
-    """Without the limit on what is not taken, an ingress keeps for each of them all that the engine has said."""
-    before, cut = resident(small), small.metrics()["attendant_client_disconnects_total"]
-    # Kernel and HAProxy take some megabytes of a connection; with attention weights there are more than that.
-    looks = {"layers": [0, 1, 2, 3], "heads": [0, 1, 2, 3], "top_k": 16}
-    count = scaled(1, 4)
-    sleepers = [
-        connect_without_reading(small, body(small.model, number, 900, n=8, attention=looks)) for number in range(count)
-    ]
-    await asyncio.to_thread(small.wait_for, "attendant_client_disconnects_total", cut + count, 120)
-    await settled(small, 10)
-    held = resident(small) - before
-    print(f"{count} that never read: cut off, {held / 2**20:.1f} MiB held")
-    assert held <= HELD_BYTES * count
-    for sleeper in sleepers:
-        sleeper.close()
