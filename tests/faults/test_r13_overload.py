@@ -52,7 +52,8 @@ async def peak_of(client: httpx.AsyncClient, model: str) -> float:
 async def offered(client: httpx.AsyncClient, model: str, rate: float, seconds: float) -> list[Answer]:
     """Requests at a steady rate, whatever becomes of them."""
     reading, began = [], time.perf_counter()
-    for number in range(int(rate * seconds)):
+    # On a slow machine for longer: what the queue takes in must stay the smaller part.
+    for number in range(max(int(rate * seconds), 4 * (MAX_RUNNING + MAX_WAITING))):
         await asyncio.sleep(began + number / rate - time.perf_counter())
         reading.append(asyncio.create_task(ask_once(client, model, number)))
     return await asyncio.gather(*reading)
