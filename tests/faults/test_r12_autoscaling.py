@@ -31,9 +31,9 @@ PATIENCE_S = 120  # for a replica to start or to leave, on a machine that has ot
 
 
 @contextmanager
-def cluster(model: Path, **args: object) -> Iterator[Running]:
+def cluster(kind: str, model: Path, **args: object) -> Iterator[Running]:
     port = free_port()
-    words = [str(model), str(port), json.dumps(ARGS | args)]
+    words = [kind, str(model), str(port), json.dumps(ARGS | args)]
     command = [sys.executable, "-m", "tests.faults.cluster_service", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
@@ -119,7 +119,7 @@ async def crowd_at(running: Running) -> AsyncIterator[tuple[Crowd, httpx.AsyncCl
 
 
 async def test_replicas_follow_the_load_up_and_down_on_several_nodes_and_no_request_fails(tiny_model: Path) -> None:
-    with cluster(tiny_model, autoscaling=SCALING, replica_cpus=1) as running:
+    with cluster("fixed", tiny_model, autoscaling=SCALING, replica_cpus=1) as running:
         async with crowd_at(running) as (crowd, client):
             for _ in range(CYCLES):
                 await crowd.resize(12)
@@ -130,8 +130,17 @@ async def test_replicas_follow_the_load_up_and_down_on_several_nodes_and_no_requ
             assert crowd.num_served > 20 * CYCLES
 
 
+async def test_where_there_is_no_room_ray_adds_nodes_for_the_engines_that_the_load_needs(tiny_model: Path) -> None:
+    with cluster("growing", tiny_model, autoscaling=SCALING, replica_cpus=1) as running:
+        async with crowd_at(running) as (crowd, client):
+            await crowd.resize(12)
+            await until(client, lambda number: number >= scaled(2, 3))
+            await crowd.resize(1)
+            await until(client, lambda number: number == 1)
+
+
 async def test_a_service_that_sleeps_wakes_for_a_request(tiny_model: Path) -> None:
-    with cluster(tiny_model, autoscaling=SCALING | {"min_replicas": 0}) as running:
+    with cluster("fixed", tiny_model, autoscaling=SCALING | {"min_replicas": 0}) as running:
         async with httpx.AsyncClient(base_url=running.url, timeout=PATIENCE_S) as client:
             for _ in range(scaled(1, 3)):
                 async with asyncio.timeout(PATIENCE_S):
