@@ -69,11 +69,13 @@ class Scheduler:
 
         Better to wait for it, as it may end a request, than to preempt one.
         """
+        if not self._launched:
+            return False
         needed = sum(
             self._num_blocks(request.num_tokens + request.num_unread_tokens) - len(request.block_table)
             for request in self.running
         )
-        return bool(self._launched) and needed > self.blocks.num_free
+        return needed > self.blocks.num_free
 
     def add(self, request: Request) -> None:
         """Queue a request that `Engine.validate` has let through. Its id is not in use."""

@@ -313,6 +313,46 @@ def test_a_step_that_failed_ends_its_requests_and_frees_their_blocks():
     assert [name for name, *_ in step(scheduler)] == ["b"]
 
 
+def test_nothing_is_scheduled_behind_a_last_token_that_is_on_its_way():
+    scheduler = make()
+    scheduler.add(request("short", 3, max_tokens=1))
+    scheduler.add(request("long", 3, max_tokens=8, first=50))
+    launched = scheduler.schedule()
+    behind = scheduler.schedule()
+    assert [item.request.request_id for item in behind.requests] == ["long"]
+    assert [output.finish_reason for output in scheduler.commit(launched, Sampled([7, 7]))] == ["length", None]
+    assert [output.token_ids for output in scheduler.commit(behind, Sampled([8]))] == [[8]]
+    scheduler.check_integrity()
+
+
+def test_what_a_step_gives_to_a_request_that_was_aborted_meanwhile_is_dropped_and_its_blocks_go_free():
+    scheduler = make(prefix_cache=False)
+    scheduler.add(request("stays", 3))
+    scheduler.add(request("leaves", 3, first=50))
+    launched = scheduler.schedule()
+    assert scheduler.abort("leaves")
+    assert scheduler.blocks.num_free == 62  # the step still writes there
+    assert [output.request_id for output in scheduler.commit(launched, Sampled([7, 8]))] == ["stays"]
+    assert scheduler.blocks.num_free == 63
+    scheduler.check_integrity()
+
+
+def test_blocks_are_short_where_the_next_tokens_need_more_than_are_free_while_a_step_is_on_its_way():
+    scheduler = make(num_blocks=2, max_num_batched_tokens=64, prefix_cache=False)
+    scheduler.add(request("a", 4))
+    scheduler.add(request("b", 4, first=50))
+    launched = scheduler.schedule()
+    assert scheduler.is_short
+    scheduler.commit(launched, Sampled([7, 7]))
+    assert not scheduler.is_short  # nothing is on its way that could give a block back
+
+    scheduler = make(num_blocks=4, max_num_batched_tokens=64, prefix_cache=False)
+    scheduler.add(request("a", 4))
+    scheduler.add(request("b", 4, first=50))
+    scheduler.schedule()
+    assert not scheduler.is_short
+
+
 def test_logprobs_go_to_those_who_asked():
     scheduler = make()
     scheduler.add(Request("asked", [5], SamplingParams(max_tokens=3, logprobs=0)))
