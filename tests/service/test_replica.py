@@ -215,7 +215,7 @@ async def test_the_backlog_in_tokens_is_bounded_too(replica: EngineReplica) -> N
     refused = await replica.submit("c", [submission("late", max_tokens=1000)], RouteHint())
     assert isinstance(refused, Refused)
     assert "1536 may be outstanding" in refused.message
-    assert sample(replica, "backlog_tokens") >= 1000
+    assert sample(replica, "backlog_tokens") > 1536 - 1000  # it works on: some of them are done by now
 
 
 async def test_a_request_past_its_deadline_is_never_computed(replica: EngineReplica) -> None:
@@ -334,8 +334,9 @@ async def test_a_replica_says_what_of_it_is_scarce(replica: EngineReplica) -> No
     assert Load(**replica.record_autoscaling_stats()).of_one(max_wait_s=2) == 0
     for i in range(6):
         await replica.submit("c", [submission(str(i), max_tokens=200, prompt=40)], RouteHint())
-    await until(lambda: Load(**replica.record_autoscaling_stats())[:2] == (4, 2))
-    load = Load(**replica.record_autoscaling_stats())
+    said: list[Load] = []
+    await until(lambda: said.append(Load(**replica.record_autoscaling_stats())) or said[-1][:2] == (4, 2))
+    load = said[-1]
     assert (load.max_running, load.pending_tokens, load.pending_kv) == (4, 80, 80 / 4096)
     assert load.tokens_per_second > 0
     assert load.of_one(max_wait_s=1e9) == 6 / 4
