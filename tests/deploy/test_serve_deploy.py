@@ -142,15 +142,26 @@ def deploy(file: Path, dashboard: str, variables: dict[str, str], process: subpr
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def wait_for_engines(cluster: Cluster, number: int) -> None:
+    """Until so many are on /metrics: the service is ready with the first."""
+    pause = threading.Event()
+    seen = 0
+    for _ in range(START_SECONDS):
+        metrics = cluster.get("/metrics", key=cluster.key).text
+        seen = sum(line.startswith("attendant_num_requests_running{") for line in metrics.splitlines())
+        if seen == number:
+            return
+        pause.wait(1)
+    raise AssertionError(f"{seen} engines after {START_SECONDS} s, not {number}")
+
+
 @pytest.mark.timeout(600)
 def test_serve_deploy_puts_the_replicas_of_the_file_on_a_cluster(cluster: Cluster):
     headers = {"authorization": f"Bearer {cluster.key}"}
     url = f"http://127.0.0.1:{cluster.port}/v1/completions"
     answers = [httpx.post(url, json=BODY, headers=headers, timeout=60).json() for _ in range(4)]
     assert {answer["usage"]["completion_tokens"] for answer in answers} == {12}
-    metrics = cluster.get("/metrics", key=cluster.key).text
-    engines = {line for line in metrics.splitlines() if line.startswith("attendant_num_requests_running{")}
-    assert len(engines) == 2
+    wait_for_engines(cluster, 2)
 
 
 @pytest.mark.timeout(600)
