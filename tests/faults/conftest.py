@@ -51,7 +51,7 @@ class InProcess:
 
     @property
     def fleet(self) -> FakeFleet:
-        return self.service.dispatcher._engines  # type: ignore[return-value]
+        return self.service.dispatcher._engines.handle  # type: ignore[return-value]
 
     async def post(self, path: str, body: bytes, headers: dict[str, str] | None = None) -> Answer:
         """Send a body in one piece."""
