@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
+from service.engines import within
 from service.instruments import PREFIX
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class Replicas:
             answer: Exposition = await self._handle.metrics.remote(pin=replica)
             return answer
 
-        return await asyncio.wait_for(call(), timeout_s)
+        return await within(timeout_s, asyncio.create_task(call()))
 
 
 class View(NamedTuple):
