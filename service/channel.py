@@ -21,6 +21,9 @@ BEAT_TURNS = 2
 # An ingress pings once a second. One that has been silent for 6 s is gone: when an ingress is killed, Ray lets its open
 # calls run on.
 SILENT_INGRESS_TURNS = 24
+# Serve's controller asks a replica for its health once a second, until the replica is to go. Then Serve lets no more
+# pings through to it, either, so silence means nothing. (Nor does it while the controller itself is away.)
+UNASKED_TURNS = 12
 # Outputs that an ingress has not told us it has: some 20 MB, and seconds of the fastest engine's work.
 MAX_UNREAD = 65_536
 
@@ -134,9 +137,13 @@ class Outbox:
         self._num_read = 0
         self._quiet_turns = 0
 
-    @property
-    def is_forsaken(self) -> bool:
-        """Whether the ingress has gone, or does not take what is there for it. Ray's buffers count: they are ours."""
+    def is_forsaken(self, *, hears_pings: bool) -> bool:
+        """Whether the ingress has gone, or does not take what is there for it. Ray's buffers count: they are ours.
+
+        Where no ping comes through, only a session with nothing left to do is over.
+        """
+        if not hears_pings:
+            return self.idle_turns > SILENT_INGRESS_TURNS
         num_unread = len(self._outputs) + self._num_taken - self._num_read
         return self._quiet_turns > SILENT_INGRESS_TURNS or num_unread > MAX_UNREAD
 

@@ -31,7 +31,7 @@ from service.telemetry import NO_TRAIL, Trail
 
 logger = logging.getLogger(__name__)
 
-MAX_RESUMES = 3
+MAX_FAILURES = 3  # of engines under one request: it may be the request that kills them
 RETRY_PERIOD_S = 0.1
 MAX_RETRY_PERIOD_S = 1.0
 RECEIPT_TIMEOUT_S = 2.0
@@ -217,7 +217,7 @@ class Dispatcher:
             return
         if link is not None:  # of a session that is over, or in doubt
             link.close()
-            self._move(replica_id, link.session)
+            self._move(link)
         self._links[replica_id] = self._new_link(replica_id)
         self._links[replica_id].open(session)
 
@@ -227,7 +227,7 @@ class Dispatcher:
             replica_id,
             self._channel_id,
             receive=self._receive,
-            lost=lambda link: self._move(link.replica_id, link.session),
+            lost=self._move,
             is_idle=lambda replica_id: (
                 not any(stream.replica_id in (replica_id, None) for stream in self._streams.values())
             ),
@@ -266,27 +266,31 @@ class Dispatcher:
                     known = stream.visit.prefix.num_tokens - len(stream.work.prompt_ids)
                     self._prefixes.ended(stream.visit, stream.journal[known:])
 
-    def _move(self, replica_id: str, session: int) -> None:
+    def _move(self, link: Link) -> None:
         """Resume elsewhere what was open on a session that is over. The choices of a request move together."""
-        self._prefixes.forget(replica_id)
+        self._prefixes.forget(link.replica_id)
         calls: dict[str, list[Stream]] = {}
         for stream in self._streams.values():
-            if (stream.replica_id, stream.session) == (replica_id, session):
+            if (stream.replica_id, stream.session) == (link.replica_id, link.session):
                 calls.setdefault(stream.call_id, []).append(stream)
         orphans = list(itertools.chain(*calls.values()))
         if orphans:  # it may only be asleep, and would go on for nobody when it wakes
             self._withdraw(orphans)
         for streams in calls.values():
-            self._engines.spawn(self._resume(streams))
+            self._engines.spawn(self._resume(streams, was_leaving=link.is_leaving))
 
-    async def _resume(self, streams: list[Stream]) -> None:
-        """Submit the streams of one request again, with their journals. They are not in `_streams` any more."""
+    async def _resume(self, streams: list[Stream], *, was_leaving: bool) -> None:
+        """Submit the streams of one request again, with their journals. They are not in `_streams` any more.
+
+        A replica that was to go, and did not get through in its time, has not failed.
+        """
         for stream in streams:
             stream.resumes += 1
+            stream.failures += not was_leaving
             self._metrics.resumes.inc()
         try:
-            if streams[0].resumes > MAX_RESUMES:
-                raise Unavailable(f"the engines died {streams[0].resumes} times under this request")
+            if streams[0].failures > MAX_FAILURES:
+                raise Unavailable(f"the engines died {streams[0].failures} times under this request")
             await self._submit_with_hope(streams)
         except AttendantError as error:
             for stream in streams:

@@ -27,7 +27,8 @@ class Link:
     """One replica, from the first request it took until Serve has taken it away.
 
     is_open: its channel is, and has not fallen silent. A link that is not open goes on asking whether the replica is
-    well again, and is done when it is, or is gone.
+    well again, and is done when it is, or is gone. is_leaving: Serve sends it no more calls; it finishes what
+    it has.
     receive: takes outputs. lost: called once, with the link, when its streams have to move. is_idle: whether the
     replica has nothing of ours.
     """
@@ -45,6 +46,7 @@ class Link:
         self.replica_id = replica_id
         self.session = -1
         self.is_open = False
+        self.is_leaving = False
         self._engines = engines
         self._channel_id = channel_id
         self._receive = receive
@@ -52,7 +54,6 @@ class Link:
         self._is_idle = is_idle
         self._num_received = 0
         self._quiet_turns = 0
-        self._is_gone = False
         self._carrying: asyncio.Task[None] | None = None
         self._pinging: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -83,7 +84,7 @@ class Link:
         self._carrying.cancel()
         self.is_open = False
         self._lost(self)
-        if not self._is_gone:
+        if not self.is_leaving:
             await self._until_well()
 
     async def _carry(self) -> None:
@@ -104,7 +105,7 @@ class Link:
     async def _watch(self, carrying: "asyncio.Task[None]") -> None:
         """Until the channel ends, falls silent, or is of no more use."""
         turn = 0
-        while not carrying.done() and not (self._is_gone and self._is_idle(self.replica_id)):
+        while not carrying.done() and not (self.is_leaving and self._is_idle(self.replica_id)):
             await asyncio.wait({carrying}, timeout=TURN_S)
             turn += 1
             self._quiet_turns += 1
@@ -115,11 +116,14 @@ class Link:
                 self._pinging = self._engines.spawn(self._ping())
 
     async def _ping(self) -> None:
-        """Tell the replica that we live and how much has come, and learn whether Serve still sends it calls."""
+        """Tell the replica that we live and how much has come, and learn whether Serve still sends it calls.
+
+        One that leaves is not told any more, and does not ask for it: its channel beats on until it is through.
+        """
         try:
             await self._call(self.session, self._num_received)
         except ReplicaGone:
-            self._is_gone = True
+            self.is_leaving = True
         except Exception as error:  # slow, or dead: the channel will tell
             logger.info("engine replica %s did not answer a ping: %s", self.replica_id, reason(error))
 

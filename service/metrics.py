@@ -8,7 +8,7 @@ series is fixed. `python -m service.metrics` prints the table of docs/observabil
 import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
@@ -18,6 +18,9 @@ from service import __version__
 from service.admission import Reason
 from service.instruments import Instruments
 from service.receipt import Timing
+
+if TYPE_CHECKING:
+    from model.engine.engine import Engine
 
 # A small model answers within milliseconds, so the fine end starts there.
 TOKEN_BUCKETS_S = (
@@ -124,6 +127,26 @@ class EngineMetrics:
     def expose(self) -> str:
         """The registry in Prometheus' text format."""
         return self._own.expose()
+
+
+def facts(engine: "Engine") -> tuple[dict[str, object], dict[str, object]]:
+    """What does not change while an engine lives: of its model, and of its cache."""
+    config, pool = engine.config, engine.runner.compute.pool
+    model = {
+        "dtype": config.dtype,
+        "kernels": type(engine.runner.compute).__name__.removesuffix("Forward").lower(),
+        "device": str(engine.device),
+        "max_model_len": engine.max_model_len,
+    }
+    num_blocks = engine.scheduler.blocks.num_blocks
+    cache = {
+        "block_size": config.block_size,
+        "num_blocks": num_blocks,
+        "num_tokens": num_blocks * config.block_size,
+        "cache_dtype": str(pool.keys.dtype).removeprefix("torch."),
+        "prefix_caching": config.prefix_cache,
+    }
+    return model, cache
 
 
 class IngressMetrics:

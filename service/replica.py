@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
@@ -10,24 +9,34 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ray import serve
 
-from model.errors import CheckpointError, ConfigError, GrammarError, InvalidRequest
-from model.sampling.params import GrammarSpec
+from model.errors import GrammarError, InvalidRequest
 from service.admission import Admission, backlog, unprefilled
 from service.autoscaling import Load
 from service.balance import RouteHint, Standing
-from service.channel import BEAT_TURNS, TURN_S, Accepted, Details, EngineInfo, Outbox, Output, Refused, Submission
+from service.channel import (
+    BEAT_TURNS,
+    TURN_S,
+    UNASKED_TURNS,
+    Accepted,
+    Details,
+    EngineInfo,
+    Outbox,
+    Output,
+    Refused,
+    Submission,
+)
 from service.exposition import Exposition, export
+from service.grammars import Grammars
 from service.logs import fields, install
-from service.metrics import EngineMetrics
+from service.metrics import EngineMetrics, facts
 from service.receipt import EngineReceipt, Timing, WeightsDigest
 from service.step_watch import StepWatch
 from service.telemetry import Telemetry, Trail
 
 if TYPE_CHECKING:
-    from model.engine.engine import Engine
     from model.engine.request import Request, TokenOutput
     from model.engine.stats import StepStats
-    from model.sampling.grammar import Grammar, GrammarCompiler
+    from model.sampling.grammar import Grammar
     from service.tracing import Tracer
 
 logger = logging.getLogger(__name__)
@@ -94,6 +103,7 @@ class EngineReplica:
         self._num_sessions = 0
         self._step_watch = StepWatch(TURN_S)
         self._is_stuck = False
+        self._unasked_turns: int | None = None  # since Serve last asked for our health, if it ever has
         self._owners: dict[str, Owner] = {}
         self._metrics = EngineMetrics(model_name, self._replica_id)
         self._metrics.describe(*facts(self._engine))
@@ -102,9 +112,7 @@ class EngineReplica:
         self._weights = WeightsDigest(self._model)
         self._timings: dict[str, Timing] = {}  # of those that want a receipt, the newest last
         self._unstarted: dict[Request, Timing] = {}  # until the engine's thread takes them out
-        self._compiling: set[str] = set()
-        self._compiler: GrammarCompiler | None = None
-        self._compiler_lock = threading.Lock()
+        self._grammars = Grammars(self._model, self._engine.model_config)
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._watch: asyncio.Task[None] | None = None
         self._loop = EngineLoop(self._engine, self._deliver)
@@ -126,7 +134,7 @@ class EngineReplica:
             return Refused(self._replica_id, "failed", self._complaint())
         timing = Timing()
         unfinished = [owner.request for owner in self._owners.values()]
-        if refusal := self._admission.refusal(unfinished, len(self._compiling), submissions):
+        if refusal := self._admission.refusal(unfinished, len(self._grammars.waiting), submissions):
             self._metrics.refused(refusal.reason)
             if submissions:
                 logger.info("refused: %s", refusal.reason, extra=fields(request_id=submissions[0].trail.request_id))
@@ -134,7 +142,7 @@ class EngineReplica:
             kind: Literal["full", "overloaded"] = "full" if one_too_many else "overloaded"
             return Refused(self._replica_id, kind, refusal.message, retry_after_s=refusal.retry_after_s)
         try:
-            submissions, grammars = await self._compile(submissions)
+            submissions, grammars = await self._grammars.compile(submissions)
         except InvalidRequest as error:
             return Refused(self._replica_id, "invalid", str(error), param=error.param)
         outbox = self._outbox(channel_id)
@@ -158,7 +166,7 @@ class EngineReplica:
 
     async def abort(self, request_ids: list[str], pin: str | None = None) -> None:
         """Forget these requests and free their blocks; ids that are unknown or finished are fine."""
-        self._compiling.difference_update(request_ids)
+        self._grammars.withdraw(request_ids)
         for request_id in request_ids:
             self._let_go(request_id, "abort")
         self._loop.abort(request_ids)
@@ -215,16 +223,20 @@ class EngineReplica:
 
     def check_health(self) -> None:
         """Raise when the engine thread is dead or stuck, so that Serve replaces this replica."""
+        self._unasked_turns = 0
         if not self._is_well:
             raise RuntimeError(self._complaint())
 
     def __del__(self) -> None:
         if loop := getattr(self, "_loop", None):  # absent when the constructor failed
             loop.stop(STOP_TIMEOUT_S)
-            if self._compiler is not None:
-                self._compiler.close()
+            self._grammars.close()
             if self._tracer is not None:
                 self._tracer.close()
+
+    @property
+    def _hears_pings(self) -> bool:
+        return self._unasked_turns is None or self._unasked_turns <= UNASKED_TURNS
 
     @property
     def _is_well(self) -> bool:
@@ -234,36 +246,6 @@ class EngineReplica:
         if self._loop.is_alive:
             return "the engine thread is stuck in a step"
         return f"the engine thread is dead: {self._loop.failure!r}"
-
-    async def _compile(self, submissions: list[Submission]) -> "tuple[list[Submission], dict[GrammarSpec, Grammar]]":
-        """The grammars that `submissions` need, and those submissions that were not aborted meanwhile.
-
-        Raises `InvalidRequest` for a grammar that cannot be compiled.
-        """
-        specs = {submission.work.grammar for submission in submissions if submission.work.grammar is not None}
-        if not specs:
-            return submissions, {}
-        request_ids = {submission.request_id for submission in submissions}
-        self._compiling |= request_ids
-        try:
-            grammars = {spec: await asyncio.to_thread(self._compile_one, spec) for spec in specs}
-            return [submission for submission in submissions if submission.request_id in self._compiling], grammars
-        finally:
-            self._compiling -= request_ids
-
-    def _compile_one(self, spec: GrammarSpec) -> "Grammar":
-        from model.sampling.grammar import GrammarCompiler
-
-        with self._compiler_lock:
-            if self._compiler is None:  # made for the first who needs it: it brings a process of its own
-                config = self._engine.model_config
-                try:
-                    self._compiler = GrammarCompiler.from_directory(
-                        self._model, config.vocab_size, config.eos_token_ids
-                    )
-                except (CheckpointError, ConfigError) as error:
-                    raise InvalidRequest(f"not with this model: {error}", param=spec.param) from error
-        return self._compiler.compile(spec)
 
     def _start(
         self,
@@ -388,36 +370,18 @@ class EngineReplica:
         while True:
             await asyncio.sleep(TURN_S)
             turn += 1
+            if self._unasked_turns is not None:
+                self._unasked_turns += 1
             num_tokens = self._engine.scheduled.num_tokens
             self._is_stuck = self._step_watch.is_stuck(loop.num_rounds, num_tokens, is_idle=loop.is_idle)
             for outbox in list(self._outboxes.values()):
                 outbox.turn(beat=turn % BEAT_TURNS == 0)
                 if not self._is_well:
                     outbox.close()
-                elif outbox.is_forsaken:
+                elif outbox.is_forsaken(hears_pings=self._hears_pings):
                     await self._drop(outbox)
                 elif self._idle_channel_s is not None and outbox.idle_turns * TURN_S > self._idle_channel_s:
                     self._outboxes.pop(outbox.channel_id).close()
-
-
-def facts(engine: "Engine") -> tuple[dict[str, object], dict[str, object]]:
-    """What does not change while an engine lives: of its model, and of its cache."""
-    config, pool = engine.config, engine.runner.compute.pool
-    model = {
-        "dtype": config.dtype,
-        "kernels": type(engine.runner.compute).__name__.removesuffix("Forward").lower(),
-        "device": str(engine.device),
-        "max_model_len": engine.max_model_len,
-    }
-    num_blocks = engine.scheduler.blocks.num_blocks
-    cache = {
-        "block_size": config.block_size,
-        "num_blocks": num_blocks,
-        "num_tokens": num_blocks * config.block_size,
-        "cache_dtype": str(pool.keys.dtype).removeprefix("torch."),
-        "prefix_caching": config.prefix_cache,
-    }
-    return model, cache
 
 
 def _details(output: "TokenOutput", engine_seconds: float | None) -> Details | None:

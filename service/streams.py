@@ -28,7 +28,8 @@ class Stream:
     """A journal and its way back to the client. It may move from replica to replica; the client does not see it.
 
     call_id: shared by the choices of one HTTP request, which move together. replica_id, session: who has accepted the
-    current attempt, if anybody has, and where its tokens come.
+    current attempt, if anybody has, and where its tokens come. resumes: how often it has moved; failures: how often
+    because its replica failed.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Stream:
         self.work = work
         self.journal: list[int] = []
         self.resumes = 0
+        self.failures = 0
         self.replica_id: str | None = None
         self.visit: Visit | None = None  # of the current attempt, if it leads its prompt's choices
         self.session = -1

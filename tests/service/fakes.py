@@ -71,6 +71,10 @@ class FakeFleet:
         """Nothing more from this replica; its channel ends."""
         self.replicas.pop(name).outbox.close()
 
+    def leave(self, name: str) -> FakeReplica:
+        """This replica is to go: it gets no more calls, and its channel goes on."""
+        return self.replicas.pop(name)
+
     def broadcast(self, method: str, *args: Any) -> "Broadcast":
         return Broadcast([self._abort(*args, pin=name) for name in self.replicas] if method == "abort" else ())
 

@@ -47,11 +47,23 @@ async def test_an_ingress_that_does_not_ping_is_gone() -> None:
     outbox = Outbox()
     for _ in range(SILENT_INGRESS_TURNS):
         outbox.turn(beat=False)
-    assert not outbox.is_forsaken
+    assert not outbox.is_forsaken(hears_pings=True)
     outbox.turn(beat=False)
-    assert outbox.is_forsaken
+    assert outbox.is_forsaken(hears_pings=True)
     outbox.heard(0)
-    assert not outbox.is_forsaken
+    assert not outbox.is_forsaken(hears_pings=True)
+
+
+async def test_where_no_pings_come_through_an_ingress_is_gone_when_it_has_long_had_nothing_left() -> None:
+    outbox = Outbox()
+    outbox.request_ids.add("a")
+    for _ in range(2 * SILENT_INGRESS_TURNS):
+        outbox.turn(beat=False)
+    assert not outbox.is_forsaken(hears_pings=False)
+    outbox.request_ids.clear()
+    for _ in range(SILENT_INGRESS_TURNS + 1):
+        outbox.turn(beat=False)
+    assert outbox.is_forsaken(hears_pings=False)
 
 
 async def test_what_ray_holds_for_an_ingress_that_does_not_read_counts_as_unread() -> None:
@@ -59,9 +71,9 @@ async def test_what_ray_holds_for_an_ingress_that_does_not_read_counts_as_unread
     outbox.put([("a", [1], None, 0, None)] * MAX_UNREAD)
     await outbox.take()
     outbox.put([("a", [1], None, 0, None)])
-    assert outbox.is_forsaken
+    assert outbox.is_forsaken(hears_pings=True)
     outbox.heard(MAX_UNREAD)
-    assert not outbox.is_forsaken
+    assert not outbox.is_forsaken(hears_pings=True)
 
 
 async def test_a_session_that_is_given_up_keeps_nothing() -> None:

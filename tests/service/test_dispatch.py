@@ -7,7 +7,7 @@ import pytest
 from model.errors import InvalidRequest
 from model.sampling.params import SamplingParams
 from service.channel import Accepted, Outbox, Refused, Work
-from service.dispatch import MAX_EMPTY_CENSUSES, MAX_RESUMES, Dispatcher
+from service.dispatch import MAX_EMPTY_CENSUSES, MAX_FAILURES, Dispatcher
 from service.errors import DeadlineExceeded, Overloaded, Unavailable
 from service.link import SILENT_TURNS
 from service.metrics import IngressMetrics
@@ -77,7 +77,7 @@ async def test_late_tokens_of_an_attempt_that_was_given_up_are_dropped() -> None
 async def test_a_stream_that_loses_its_replica_too_often_ends_with_a_typed_error() -> None:
     fleet = FakeFleet("r0")
     generation = await dispatcher_for(fleet).open([Work([1], PARAMS)])
-    for attempt in range(MAX_RESUMES + 1):
+    for attempt in range(MAX_FAILURES + 1):
         await until(lambda attempt=attempt: fleet.replicas[f"r{attempt}"].submitted)
         fleet.add(f"r{attempt + 1}")
         fleet.kill(f"r{attempt}")
@@ -230,6 +230,46 @@ async def test_a_channel_that_beats_is_not_silent() -> None:
         await asyncio.sleep(0.01)
     assert not other.submitted
     busy.say(0, 5)
+    assert await tokens(generation, 1) == [5]
+
+
+@pytest.mark.usefixtures("quick_turns")
+async def test_what_a_replica_has_that_is_to_go_it_finishes() -> None:
+    fleet = FakeFleet("a")
+    dispatcher = dispatcher_for(fleet)
+    generation = await dispatcher.open([WORK])
+    fleet.replicas["a"].say(0, 4)
+    assert await tokens(generation, 1) == [4], "its channel is open"
+    fleet.add("b")
+    a, link = fleet.leave("a"), dispatcher._links["a"]
+    for _ in range(3 * SILENT_TURNS):
+        a.outbox.turn(beat=True)
+        await asyncio.sleep(0.01)
+    assert link.is_leaving
+    assert not fleet.replicas["b"].submitted
+    a.say(0, 5, finish_reason="stop")
+    assert await tokens(generation, 1) == [5]
+    await until(lambda: link.is_done)
+
+
+@pytest.mark.usefixtures("quick_turns")
+async def test_a_replica_that_was_to_go_and_is_stopped_before_it_is_through_has_not_failed() -> None:
+    fleet = FakeFleet("r0")
+    dispatcher = dispatcher_for(fleet)
+    generation = await dispatcher.open([WORK])
+    for number in range(MAX_FAILURES + 1):
+        await until(lambda number=number: fleet.replicas[f"r{number}"].submitted)
+        fleet.replicas[f"r{number}"].say(0, number)
+        assert await tokens(generation, 1) == [number], "its channel is open"
+        link = dispatcher._links[f"r{number}"]
+        fleet.add(f"r{number + 1}")
+        leaving = fleet.leave(f"r{number}")
+        await until(lambda link=link: link.is_leaving)
+        leaving.outbox.close()
+    last = fleet.replicas[f"r{MAX_FAILURES + 1}"]
+    await until(lambda: last.submitted)
+    assert last.submitted[0].resumed
+    last.say(0, 5)
     assert await tokens(generation, 1) == [5]
 
 

@@ -126,6 +126,17 @@ async def test_an_ingress_that_falls_silent_is_forgotten(
     await until(lambda: sample(replica, "num_requests_running") == 0)
 
 
+async def test_a_replica_that_is_to_go_finishes_what_it_has_though_serve_lets_no_pings_through(
+    replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.channel.SILENT_INGRESS_TURNS", 2)
+    monkeypatch.setattr(replica_module, "UNASKED_TURNS", 0)
+    replica.check_health()  # and never again
+    await replica.submit("c", [submission("a", max_tokens=1000)], RouteHint())
+    assert len((await read(replica.channel("c", 0, "r1"), 1))["a"]) == 1000
+    await until(lambda: not replica._outboxes)
+
+
 async def test_an_engine_that_is_to_sleep_lets_go_of_an_ingress_that_has_nothing_running(
     replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,10 +299,11 @@ async def test_a_grammar_that_cannot_be_compiled_is_refused_before_anything_star
 async def test_a_request_that_is_aborted_while_its_grammar_compiles_never_starts(
     replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_one, go_on = replica._compile_one, threading.Event()
-    monkeypatch.setattr(replica, "_compile_one", lambda spec: (go_on.wait(20), compile_one(spec))[1])
+    grammars, go_on = replica._grammars, threading.Event()
+    compile_one = grammars._compile_one
+    monkeypatch.setattr(grammars, "_compile_one", lambda spec: (go_on.wait(20), compile_one(spec))[1])
     submitting = asyncio.create_task(replica.submit("c", [constrained("a", GrammarSpec("json_object"))], RouteHint()))
-    await until(lambda: replica._compiling)
+    await until(lambda: grammars.waiting)
     await replica.abort(["a"])
     go_on.set()
     await submitting
