@@ -36,7 +36,11 @@ def cluster_environment(drain_seconds: float) -> dict[str, str]:
 
 def environment(data_plane: DataPlane, scratch: Path, drain_seconds: float) -> dict[str, str]:
     """The switches, with ports and files of this service's own, so that two on one machine do not meet."""
-    switches = OFF | {"RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port())}
+    switches = OFF | {
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        # Serve starts a proxy again after three checks that failed; with its own period of 10 s that is half a minute.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    }
     if data_plane == "haproxy":
         switches |= cluster_environment(drain_seconds) | {
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),

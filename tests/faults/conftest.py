@@ -17,6 +17,7 @@ from service import keys
 from service.api.routes import create_api
 from service.door import Door
 from service.limits import Limits
+from tests.conftest import STORYTELLER
 from tests.service.conftest import Running, start, stop
 from tests.service.fakes import FakeFleet
 from tests.service.test_gate import service_with
@@ -131,6 +132,14 @@ def small(served_model: Path) -> Iterator[Running]:
         *("--max-num-seqs", str(MAX_RUNNING), "--max-waiting", str(MAX_WAITING), "--kv-cache-tokens", "16384"),
         *("--max-backlog-tokens", "100000"),
     )
+    yield running
+    assert stop(running) == 0
+
+
+@pytest.fixture(scope="session")
+def fleet() -> Iterator[Running]:
+    """Two replicas that may be killed, in the arithmetic in which a resumed stream is the same to the last bit."""
+    running = start(STORYTELLER, "--replicas", "2", "--kv-cache-tokens", "16384", "--dtype", "bf16")
     yield running
     assert stop(running) == 0
 
