@@ -92,6 +92,10 @@ class Dispatcher:
             raise Unavailable(f"no engine is ready: {reason(error)}") from error
         return info
 
+    def check_room(self, *, asks: bool = False) -> None:
+        """Raises `Overloaded` when every engine is known to have no place. asks: an `open` follows at once."""
+        self._fullness.check([replica_id for replica_id, link in self._links.items() if link.is_open], asks=asks)
+
     async def open(
         self,
         works: Sequence[Work],
@@ -105,7 +109,7 @@ class Dispatcher:
 
         Raises `InvalidRequest`, `Overloaded` or `Unavailable`; then nothing runs.
         """
-        self._fullness.check([replica_id for replica_id, link in self._links.items() if link.is_open])
+        self.check_room(asks=True)
         generation = Generation(works, deadline=deadline, max_unread_tokens=max_unread_tokens, timed=timed, trail=trail)
         generation.on_overrun.append(lambda: self.abort(generation.streams))
         await self._submit(generation.streams, self._submit_timeout_s)
@@ -244,6 +248,7 @@ class Dispatcher:
         running: dict[str | None, list[str]] = {}
         for stream in streams:
             if self._streams.pop(stream.request_id, None) is not None:
+                self._fullness.left(stream.replica_id)
                 if stream.visit is not None and stream.visit.uncached:
                     self._prefixes.withdrawn(stream.visit)
                 running.setdefault(stream.replica_id, []).append(stream.request_id)

@@ -32,7 +32,7 @@ RequestBody = TypeVar("RequestBody", bound=Body)
 async def read(request: Request, schema: type[RequestBody], model_name: str) -> RequestBody:
     """The body as `schema`, for this model.
 
-    Raises `InvalidRequest`, `BodyTooLarge`, `BodyTooSlow` or `NotFound`.
+    Raises `InvalidRequest`, `BodyTooLarge`, `BodyTooSlow`, `NotFound`, or `Overloaded` where nobody would take it.
     """
     service: Service = request.app.state.service
     call = call_of(request)
@@ -40,6 +40,8 @@ async def read(request: Request, schema: type[RequestBody], model_name: str) -> 
     if media_type != "application/json":
         raise InvalidRequest("send the body as JSON, with the header content-type: application/json")
     raw = await _read_bounded(request, service.limits)
+    if issubclass(schema, GenerationFields):
+        service.dispatcher.check_room()  # before parsing and tokenizing for nothing
 
     def work() -> RequestBody:
         decoded = decode(raw)

@@ -1,10 +1,13 @@
 """Under overload the ingress refuses by itself what it knows that every engine would refuse."""
 
+import asyncio
+from types import SimpleNamespace
+
 import pytest
 
 from model.sampling.params import SamplingParams
 from service import fullness
-from service.channel import Refused, Work
+from service.channel import Accepted, Refused, Work
 from service.dispatch import Dispatcher
 from service.errors import Overloaded
 from service.metrics import IngressMetrics
@@ -19,7 +22,8 @@ FULL = Refused("a", "full", "no place", retry_after_s=7)
 @pytest.fixture
 def fleet(monkeypatch: pytest.MonkeyPatch) -> FakeFleet:
     """One replica, which counts how often it is asked; a refusal is remembered for longer than any test takes."""
-    monkeypatch.setattr(fullness, "MEMORY_S", 3600.0)
+    monkeypatch.setattr(fullness, "PROBE_S", 3600.0)
+    monkeypatch.setattr(fullness, "FORGET_S", 3600.0)
     fleet = FakeFleet("a")
     fleet.asked = 0  # type: ignore[attr-defined]
     submit = fleet.submit.remote
@@ -72,10 +76,55 @@ async def test_what_is_too_large_says_nothing_of_what_is_small(fleet: FakeFleet)
     assert fleet.asked == 3  # type: ignore[attr-defined]
 
 
-async def test_it_is_forgotten_after_a_moment(fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_of_many_that_come_at_once_one_asks_for_the_place(fleet: FakeFleet) -> None:
+    """Where all of them ask, asking is what the processes are busy with."""
+    dispatcher = dispatcher_for(fleet)
+    generation = await filled(fleet, dispatcher)
+    fleet.replicas["a"].say(0, 5, finish_reason="stop")
+    await tokens(generation, 1)
+    refusals = await asyncio.gather(*(dispatcher.open([WORK]) for _ in range(20)), return_exceptions=True)
+    assert {type(refusal) for refusal in refusals} == {Overloaded}
+    assert fleet.asked == 3  # type: ignore[attr-defined]
+
+
+async def test_a_client_that_leaves_leaves_its_place(fleet: FakeFleet) -> None:
+    dispatcher = dispatcher_for(fleet)
+    generation = await filled(fleet, dispatcher)
+    dispatcher.abort(generation.streams)
+    with pytest.raises(Overloaded):
+        await dispatcher.open([WORK])
+    assert fleet.asked == 3  # type: ignore[attr-defined]
+
+
+async def test_looking_takes_nobodys_place(fleet: FakeFleet) -> None:
+    dispatcher = dispatcher_for(fleet)
+    generation = await filled(fleet, dispatcher)
+    with pytest.raises(Overloaded):
+        dispatcher.check_room()
+    dispatcher.abort(generation.streams)
+    dispatcher.check_room()
+    fleet.replicas["a"].answer = Accepted("a")
+    await dispatcher.open([WORK])
+
+
+async def test_every_moment_one_request_asks_again(fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(fullness, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     dispatcher = dispatcher_for(fleet)
     await filled(fleet, dispatcher)
-    monkeypatch.setattr(fullness, "MEMORY_S", 0.0)
+    monkeypatch.setattr(fullness, "PROBE_S", 0.1)
+    for asked in (2, 3, 4):
+        assert fleet.asked == asked  # type: ignore[attr-defined]
+        clock[0] += 0.2
+        for _ in range(3):
+            with pytest.raises(Overloaded):
+                await dispatcher.open([WORK])
+
+
+async def test_it_is_forgotten_in_time(fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatcher = dispatcher_for(fleet)
+    await filled(fleet, dispatcher)
+    monkeypatch.setattr(fullness, "FORGET_S", 0.0)
     with pytest.raises(Overloaded):
         await dispatcher.open([WORK])
     assert fleet.asked == 3  # type: ignore[attr-defined]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 from ray.serve._private.common import RequestProtocol
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
@@ -36,6 +37,7 @@ def written(tmp_path: Path) -> Path:
         protocol=RequestProtocol.HTTP,
         servers=[ServerConfig(name="ingress", host="127.0.0.1", port=free_port())],
     )
+    config.error_file_path = str(tmp_path / "500.http")
     file = tmp_path / "haproxy.cfg"
     HAProxyApi(config, {"attendant": backend}, config_file_path=str(file))._generate_config_file_internal()
     return file
@@ -78,9 +80,28 @@ def test_a_client_has_ten_seconds_for_its_header_and_a_minute_to_read(written: P
 
 def test_a_malformed_request_is_refused_in_the_shape_of_all_refusals(written: Path):
     run("-c", "-f", written)
-    [line] = lines_with(written, "http-error")
-    refusal = json.loads(line.partition(" string ")[2].strip("'"))
-    assert set(refusal["error"]) == {"message", "type", "param", "code"}
+    refused, *away = lines_with(written, "http-error")
+    assert "status 400" in refused
+    assert len(away) == 3
+    for line in (refused, *away):
+        refusal = json.loads(line.partition(" string '")[2].partition("'")[0])
+        assert set(refusal["error"]) == {"message", "type", "param", "code"}
+
+
+def test_without_an_ingress_the_answer_is_when_to_come_back(written: Path):
+    """Serve's own pages say 500, which is a fault of ours that no other try gets past."""
+    address = next(line.split()[1] for line in lines_with(written, "bind") if line.startswith("bind *:"))
+    process = subprocess.Popen([HAPROXY, "-db", "-f", written], stderr=subprocess.DEVNULL)
+    try:
+        transport = httpx.HTTPTransport(retries=5)  # until it listens
+        with httpx.Client(base_url=f"http://127.0.0.1:{address[2:]}", transport=transport, timeout=30) as client:
+            answer = client.get("/health")
+    finally:
+        process.kill()
+        process.wait()
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "5"
+    assert answer.json()["error"]["type"] == "server_error"
 
 
 def test_what_is_amended_is_amended_once(written: Path):
