@@ -28,7 +28,7 @@ def cluster_environment(drain_seconds: float) -> dict[str, str]:
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY),
         "RAY_SERVE_HAPROXY_NBTHREAD": "2",
-        # An ingress that is busy is not one that is gone: it may be silent for half a minute; Serve allows some seconds.
+        # An ingress that is busy is not one that is gone: it may be silent for half a minute. Serve allows seconds.
         # One whose port is closed is left out at once, by what HAProxy sees of the traffic.
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "10s",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "3",

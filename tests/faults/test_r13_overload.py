@@ -60,7 +60,9 @@ async def offered(client: httpx.AsyncClient, model: str, rate: float, seconds: f
 
 
 async def test_an_overloaded_service_says_so_at_once_and_does_its_work(small: Running) -> None:
-    """A queue without a bound takes everybody in, and soon serves nobody in time."""
+    """A queue without a bound takes everybody in, and soon serves nobody in time. Where each request asks the engine
+    for room, hundreds ask at once, both processes do little else, and a refusal takes seconds.
+    """
     room = httpx.Limits(max_connections=None, max_keepalive_connections=200)
     async with httpx.AsyncClient(base_url=small.url, timeout=120, limits=room) as client:
         peak = await peak_of(client, small.model)
@@ -68,10 +70,11 @@ async def test_an_overloaded_service_says_so_at_once_and_does_its_work(small: Ru
         began = time.perf_counter()
         answers = await offered(client, small.model, OVERLOAD * peak, SECONDS)
         took = time.perf_counter() - began
-    refused = [answer for answer in answers if answer.status == 429]
+    refused = [answer for answer in answers if answer.status in (429, 503)]
     num_served = sum(answer.status == 200 for answer in answers)
     statuses = Counter(answer.status for answer in answers)
-    assert statuses.keys() == {200, 429}, f"nobody fails: {statuses}"
+    # 503: no engine took it within ten seconds, on a machine that stands still.
+    assert statuses.keys() <= {200, 429, 503}, f"nobody fails: {statuses}"
     assert len(refused) > len(answers) / 2
     assert num_served >= MAX_RUNNING + MAX_WAITING
     assert all(1 <= int(answer.retry_after or 0) <= 600 for answer in refused)
@@ -81,5 +84,6 @@ async def test_an_overloaded_service_says_so_at_once_and_does_its_work(small: Ru
     print(f"peak {peak:.1f}/s, offered {OVERLOAD * peak:.0f}/s: 429 after {p50:.1f} ms p50, {p99:.1f} ms p99")
     print(f"goodput {goodput:.0%} of the peak")
     if FULL:
+        assert statuses[503] == 0
         assert p99 <= PATIENCE_MS
         assert goodput >= 0.9
