@@ -76,8 +76,7 @@ class Engines:
 async def within(timeout_s: float, task: "asyncio.Task[T]") -> T:
     """What comes of it in time. Raises `TimeoutError`.
 
-    Unlike `asyncio.wait_for`, this does not wait until the task has been cancelled: a call to a replica that stands
-    still takes some 10 s for that.
+    Unlike `asyncio.wait_for`, this does not wait until the task has been cancelled, for as long as what it runs likes.
     """
     task.add_done_callback(lambda task: task.cancelled() or task.exception())  # or asyncio warns that nobody looked
     try:

@@ -5,6 +5,7 @@ right; adding up is for whoever asks.
 """
 
 import asyncio
+import contextvars
 import logging
 import re
 import time
@@ -93,7 +94,9 @@ class Replicas:
             answer: Exposition = await self._handle.metrics.remote(pin=replica)
             return answer
 
-        return await within(timeout_s, asyncio.create_task(call()))
+        # In a context of its own: all calls of one HTTP request have one id with Serve, and its router, looking for the
+        # second of two at once by that, goes round without end for 10 s and stops the whole event loop.
+        return await within(timeout_s, asyncio.create_task(call(), context=contextvars.Context()))
 
 
 class View(NamedTuple):

@@ -308,6 +308,8 @@ async def test_streams_of_a_session_that_the_replica_gave_up_move_even_if_its_en
     dispatcher = dispatcher_for(fleet)
     first = await dispatcher.open([WORK])
     a = fleet.replicas["a"]
+    a.say(0, 4)
+    assert await tokens(first, 1) == [4], "its channel is open"
     a.outbox = Outbox(session=1)  # without a word about the old one
     a.answer = Accepted("a", 1)
     await dispatcher.open([WORK])

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import httpx
@@ -21,6 +22,9 @@ def engine(replica: str, num_running: int = 2) -> str:
     return metrics.expose()
 
 
+HTTP_REQUEST: ContextVar[str] = ContextVar("request", default="nobody's")
+
+
 class Handle:
     """Serve's handle over replicas that answer or hang."""
 
@@ -28,6 +32,7 @@ class Handle:
         self.names = list(names)
         self.hung: set[str] = set()
         self.broken: set[str] = set()
+        self.callers: list[str] = []
         self.count = 0
         self.metrics = self
 
@@ -42,6 +47,7 @@ class Handle:
         return [RuntimeError(name) if name in self.broken else self.answer(name) for name in self.names]
 
     async def remote(self, pin: str) -> Exposition:
+        self.callers.append(HTTP_REQUEST.get())
         if pin in self.hung:
             await asyncio.Event().wait()
         return self.answer(pin)
@@ -70,6 +76,17 @@ async def test_a_replica_that_hangs_is_shown_as_it_was_and_the_others_as_they_ar
     await read(of)
     handle.hung = {"a"}
     assert await read(of) == ({"a": "1", "b": "3"}, 1)
+
+
+async def test_calls_to_several_replicas_at_once_do_not_bear_one_requests_name() -> None:
+    """Two of one name stop the event loop of Serve's router for 10 s."""
+    handle = Handle("a", "b")
+    of = replicas(handle)
+    await read(of)
+    handle.hung = {"a"}
+    HTTP_REQUEST.set("a scrape's")
+    await read(of)
+    assert handle.callers == ["nobody's"] * 2
 
 
 async def test_where_no_call_can_be_pinned_all_are_shown_as_they_were() -> None:
