@@ -7,6 +7,7 @@ process, and gloo on the CPU; what the leader sends goes over gloo.
 """
 
 import argparse
+import logging
 import os
 import socket
 import sys
@@ -184,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kernels", choices=["auto", "torch", "triton"], default="auto")
     args = parser.parse_args(argv)
     init_method = f"tcp://127.0.0.1:{free_port()}"
+    # Whoever is refused says why in one line; that the others are ended with it is no news.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     try:
         spawn(_start, (args.world_size, init_method, args), nprocs=args.world_size)
     except ProcessExitedException as error:
