@@ -79,7 +79,7 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.serve: $(VENV)/.python deploy/lock/serve.txt pyproject.toml
+$(VENV)/.serve: $(VENV)/.python deploy/lock/serve.txt pyproject.toml service/attendant-haproxy
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement deploy/lock/serve.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	$(BIN)/python -m model.kernels.cpu.build
