@@ -18,6 +18,7 @@ from service.api.routes import create_api
 from service.completion import Service
 from service.dispatch import Dispatcher
 from service.door import Door
+from service.errors import Overloaded
 from service.limits import Limits
 from service.metrics import IngressMetrics
 from tests.service.test_api import Storyteller, events, refusal
@@ -110,6 +111,22 @@ async def test_a_key_has_no_more_requests_open_than_it_may(service: Service, fil
         assert (await first).status_code == 200
         fleet.ids = ids
         assert (await complete(client)).status_code == 200
+
+
+async def test_where_no_engine_has_room_a_body_is_refused_before_it_is_parsed(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under overload, parsing and tokenizing what nobody will take is what keeps the ingress from answering."""
+
+    def full() -> None:
+        raise Overloaded("full", retry_after_s=3)
+
+    monkeypatch.setattr(service.dispatcher, "check_room", full)
+    async with client_of(service, Door()) as client:
+        headers = {"content-type": "application/json"}
+        answer = await client.post("/v1/completions", content=b"{", headers=headers)
+        refusal(answer, 429)
+        assert answer.headers["retry-after"] == "3"
 
 
 async def test_a_key_that_has_used_its_tokens_is_told_when_to_come_back(service: Service, file: Path) -> None:
