@@ -239,8 +239,8 @@ class EngineConfig:
         its batch nor on chunks, preemption or prefix hits. It costs speed, except with native kernels, which are so
         anyway.
     overlap: launch a step before the host has read what the one before it gave; None: on a GPU.
-    cuda_graphs: on a GPU, capture decode steps at the start and replay them.
-    gpu_memory_utilization: the part of a GPU's memory that weights, steps and cache may take together.
+    cuda_graphs: capture decode steps at the start and replay them; None: on a GPU, where the model can be captured.
+    gpu_memory_utilization: the part of a GPU's memory that weights, steps and cache may take together; None: 0.9.
     kv_cache_dtype: `auto`: as the kernels like it; `fp8` (e4m3): half of bf16's bytes, for Triton's kernels.
     kernels: what computes a step: `native` (on the CPU, in bf16 or int8), `triton` (on a GPU), `torch`, or whichever is
         faster and possible.
@@ -259,8 +259,8 @@ class EngineConfig:
     deterministic: bool = False
     num_threads: int | None = None
     overlap: bool | None = None
-    cuda_graphs: bool = True
-    gpu_memory_utilization: float = 0.9
+    cuda_graphs: bool | None = None
+    gpu_memory_utilization: float | None = None
     kv_cache_dtype: CacheDtype = "auto"
     kernels: Kernels = "auto"
 
@@ -278,13 +278,23 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"gpu_memory_utilization must lie in (0, 1], not {self.gpu_memory_utilization}")
+        self._check_gpu_memory()
+        if self.overlap and self.speculative_tokens:
+            raise ConfigError("overlap and speculative_tokens exclude each other: guesses need tokens that were read")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): each running request computes one token a step"
             )
+
+    def _check_gpu_memory(self) -> None:
+        share = self.gpu_memory_utilization
+        if share is None:
+            return
+        if not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization must lie in (0, 1], not {share}")
+        if self.kv_cache_tokens is not None:
+            raise ConfigError("gpu_memory_utilization and kv_cache_tokens both say how large the cache is: give one")
 
     def overlaps(self, device: str) -> bool:
         """Whether steps overlap on a device of this type."""

@@ -119,7 +119,7 @@ def _own_device(rank: int, config: EngineConfig) -> torch.device:
     """Each rank's own GPU, or the CPU for all."""
     if config.dtype == "int8" or config.deterministic:
         raise ConfigError("int8 weights and deterministic sums are not split over processes: use bf16 or fp32")
-    device = resolve_device(config.device)
+    device = resolve_device(config)
     if device.type == "cpu":
         return device
     if config.kv_cache_tokens is None:

@@ -6,13 +6,13 @@ serve run service.app:build model=model/checkpoints/storyteller replicas=2
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from model.config import Device, Dtype
+from model.config import CacheDtype, Device, Dtype, EngineConfig
 from service.autoscaling import Autoscaling
 from service.door import Door
 from service.exposition import Watching, address
@@ -29,7 +29,8 @@ ROUTER = "service.router:PinnedRouter"
 
 
 class AppArgs(Door):
-    """What an operator may choose. `None` means: decided from the checkpoint and the machine.
+    """What an operator may choose. `None` means: decided from the checkpoint and the machine. Raises `ConfigError` for
+    what no engine can be, and pydantic's own for what is of the wrong kind.
 
     model: a Hugging Face directory, at the same place on every node; the embedded one by default.
     model_name: what clients call it, the directory's own name by default.
@@ -40,6 +41,7 @@ class AppArgs(Door):
     which they all together may need more than max_backlog_tokens.
     drain_seconds: how long a replica that is to go may still work on what it has; at least the longest generation, or
     streams are cut. One that has nothing left goes at once.
+    kv_cache_dtype, gpu_memory_utilization, overlap, cuda_graphs: as in `model.config.EngineConfig`.
     speculative_tokens: how far an engine guesses ahead; deterministic: the same bits whatever else runs, at a price.
     metrics_host: where each process exposes its metrics on a port of its own; vllm_metrics: under vLLM's names, too.
     """
@@ -56,6 +58,10 @@ class AppArgs(Door):
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
     kv_cache_tokens: Annotated[int, Field(ge=1)] | None = None
+    kv_cache_dtype: CacheDtype = "auto"
+    gpu_memory_utilization: float | None = None
+    overlap: bool | None = None
+    cuda_graphs: bool | None = None
     max_waiting: Annotated[int, Field(ge=0)] = 256
     max_backlog_tokens: Annotated[int, Field(ge=1)] | None = None
     num_threads: Annotated[int, Field(ge=1)] | None = None
@@ -64,6 +70,12 @@ class AppArgs(Door):
     deterministic: bool = False
     metrics_host: Annotated[str, AfterValidator(address)] | None = None
     vllm_metrics: bool = False
+
+    @model_validator(mode="after")
+    def _be_an_engines(self) -> Self:
+        """Raises `ConfigError` here, before Ray starts or a replica is sent for."""
+        EngineConfig(**self.engine_options)
+        return self
 
     @property
     def engine_options(self) -> dict[str, Any]:

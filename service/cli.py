@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from model.config import Device, Dtype
+from model.config import CacheDtype, Device, Dtype, EngineConfig
 from model.errors import AttendantError, ConfigError, InvalidRequest
 from service import __version__
 from service.cli_chat import ApiKey, chat
@@ -43,6 +43,17 @@ console = Console(stderr=True, highlight=False)
 Model = Annotated[str, typer.Option(help="A model directory, or the id of one on the Hugging Face hub.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="The numbers that weights are computed in.")]
 DeviceOption = Annotated[Device, typer.Option(help="Where the engine runs.")]
+CacheDtypeOption = Annotated[CacheDtype, typer.Option(help="The numbers that keys and values are kept in.")]
+GpuMemory = Annotated[
+    float | None, typer.Option(help="The part of a GPU's memory that an engine may take, up to 1; else 0.9.")
+]
+Overlap = Annotated[
+    bool | None,
+    typer.Option("--overlap/--no-overlap", help="Launch a step before the last one is read; else as on a GPU."),
+]
+CudaGraphs = Annotated[
+    bool | None, typer.Option("--cuda-graphs/--no-cuda-graphs", help="Replay captured decode steps; else on a GPU.")
+]
 KeysFile = Annotated[
     Path | None, typer.Option(envvar="ATTENDANT_API_KEYS_FILE", help="The API keys that are let in; see `keys add`.")
 ]
@@ -72,6 +83,10 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and completion together.")] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at once in an engine.")] = 64,
     kv_cache_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that an engine's cache holds.")] = None,
+    kv_cache_dtype: CacheDtypeOption = "auto",
+    gpu_memory_utilization: GpuMemory = None,
+    overlap: Overlap = None,
+    cuda_graphs: CudaGraphs = None,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait in an engine.")] = 256,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of an engine; else half of the cores.")] = None,
     max_backlog_tokens: Annotated[
@@ -147,6 +162,10 @@ def serve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         kv_cache_tokens=kv_cache_tokens,
+        kv_cache_dtype=kv_cache_dtype,
+        gpu_memory_utilization=gpu_memory_utilization,
+        overlap=overlap,
+        cuda_graphs=cuda_graphs,
         max_waiting=max_waiting,
         max_backlog_tokens=max_backlog_tokens,
         drain_seconds=drain_seconds,
@@ -182,6 +201,10 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    kv_cache_dtype: CacheDtypeOption = "auto",
+    gpu_memory_utilization: GpuMemory = None,
+    overlap: Overlap = None,
+    cuda_graphs: CudaGraphs = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
     url: Annotated[str | None, typer.Option(help="Ask a running service instead; --api-key goes with it.")] = None,
@@ -192,16 +215,25 @@ def generate(
 
     if (prompt is None) == (token_ids is None):
         raise InvalidRequest("give either a PROMPT or --token-ids, and not both")
+    config = EngineConfig(
+        dtype=dtype,
+        device=device,
+        max_num_seqs=1,
+        kv_cache_dtype=kv_cache_dtype,
+        gpu_memory_utilization=gpu_memory_utilization,
+        overlap=overlap,
+        cuda_graphs=cuda_graphs,
+    )
     if url is not None:
-        if (model, dtype, device) != (str(EMBEDDED), "auto", "auto"):
-            raise InvalidRequest("--model, --dtype and --device are the service's own; leave them out with --url")
+        if (model, config) != (str(EMBEDDED), EngineConfig(max_num_seqs=1)):
+            raise InvalidRequest("--model and how its engine runs are the service's own; leave that out with --url")
         fields = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "ignore_eos": ignore_eos}
         remote = Remote(url, api_key)
         _print(prompt, remote.run(_parse_ids(token_ids) if token_ids else prompt, fields), remote, as_json=as_json)
         if not as_json:
             console.print(f"({remote.pace})", style="dim")
         return
-    job = Job.load(resolve(model), dtype=dtype, device=device, needs_text=prompt is not None)
+    job = Job.load(resolve(model), config, needs_text=prompt is not None)
     prompt_ids = job.encode(prompt) if prompt is not None else _parse_ids(token_ids or "")
     pieces = job.run(prompt_ids, max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
     _print(prompt, pieces, job, as_json=as_json)

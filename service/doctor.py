@@ -182,7 +182,7 @@ def check_model(patient: Patient) -> Iterator[Finding]:
         slow_because: str | None = "the native step is not built"
         if find_built() is not None:  # or else the question would build it
             config, slow_because = for_serving(checkpoint.config, config)
-        device = resolve_device(config.device)
+        device = resolve_device(config)
         dtype = resolve_dtype(config.dtype, device)
         max_model_len, num_blocks = size_cache(checkpoint.config, config, dtype, device)
     except AttendantError as error:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-from model.config import Device, Dtype, EngineConfig
+from model.config import EngineConfig
 from model.engine.engine import Engine
 from model.engine.request import Request
 from model.errors import CheckpointError
@@ -28,7 +28,7 @@ class Job:
         self._finish_reason: str | None = None
 
     @classmethod
-    def load(cls, directory: Path, *, dtype: Dtype, device: Device, needs_text: bool) -> Self:
+    def load(cls, directory: Path, config: EngineConfig, *, needs_text: bool) -> Self:
         """Load a model. With token ids in, a directory without a tokenizer will do: then there is no text.
 
         Raises `CheckpointError` and `ConfigError`.
@@ -39,9 +39,7 @@ class Job:
             if needs_text or (directory / "tokenizer.json").exists():
                 raise
             tokenizer = None
-        return cls(
-            Engine.from_checkpoint(directory, EngineConfig(dtype=dtype, device=device, max_num_seqs=1)), tokenizer
-        )
+        return cls(Engine.from_checkpoint(directory, config), tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt."""

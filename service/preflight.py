@@ -36,7 +36,7 @@ def check(directory: Path, engine_options: Mapping[str, Any]) -> str:
     config, reason = for_serving(checkpoint.config, asked)
     Tokenizer.from_directory(directory)
     ChatTemplate.from_directory(directory)
-    device = resolve_device(config.device)
+    device = resolve_device(config)
     dtype = resolve_dtype(config.dtype, device)
     size_cache(checkpoint.config, config, dtype, device)
     name = config.dtype if config.dtype != "auto" else "bf16" if dtype == torch.bfloat16 else "fp32"

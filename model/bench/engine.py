@@ -16,7 +16,7 @@ import torch
 
 from model.bench import report, roofline, shapes
 from model.bench.rounds import Answer, Ask
-from model.config import Dtype, EngineConfig, Kernels, ModelConfig
+from model.config import CacheDtype, Dtype, EngineConfig, Kernels, ModelConfig
 from model.engine.engine import Engine
 from model.engine.request import Request
 from model.sampling.params import SamplingParams
@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=int, default=64, help="tokens to generate for each request")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kernels", choices=get_args(Kernels), default="auto", help="what computes a step")
+    parser.add_argument("--kv-cache-dtype", choices=get_args(CacheDtype), default="auto")
+    for name in ("overlap", "cuda-graphs"):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help="as for `serve`")
     report.add_arguments(parser)
 
 
@@ -54,7 +57,7 @@ def measure_dtype(
 ) -> list[dict[str, Any]]:
     """The rows of one dtype, printed as well. Its engine is gone when this returns: two need not fit the memory."""
     asks = [Ask(batch, context, args.output, 0) for batch, context in itertools.product(args.batch, args.context)]
-    engine = load(directory, dtype, args.kernels, args.threads, asks)
+    engine = load(directory, dtype, args, asks)
     answers = measure(engine, asks, args.rounds)
     rows = []
     for ask in asks:
@@ -85,7 +88,7 @@ def print_kept(rows: list[dict[str, Any]]) -> None:
             )
 
 
-def load(directory: Path, dtype: Dtype, kernels: Kernels, threads: int, asks: list[Ask]) -> Engine:
+def load(directory: Path, dtype: Dtype, args: argparse.Namespace, asks: list[Ask]) -> Engine:
     """The engine as it is shipped, with a cache that holds the largest of these rounds."""
     longest = max(ask.prompt_tokens + ask.output_tokens for ask in asks)
     block_size = EngineConfig.block_size
@@ -95,8 +98,11 @@ def load(directory: Path, dtype: Dtype, kernels: Kernels, threads: int, asks: li
         max_model_len=longest,
         kv_cache_tokens=cache,
         max_num_seqs=max(EngineConfig.max_num_seqs, *(ask.batch for ask in asks)),
-        num_threads=threads,
-        kernels=kernels,
+        num_threads=args.threads,
+        kernels=args.kernels,
+        kv_cache_dtype=args.kv_cache_dtype,
+        overlap=args.overlap,
+        cuda_graphs=args.cuda_graphs,
     )
     return Engine.from_checkpoint(directory, config)
 

@@ -72,7 +72,7 @@ class Engine:
     @classmethod
     def from_checkpoint(cls, directory: Path, config: EngineConfig) -> "Engine":
         """Load a model directory. Raises `CheckpointError` and `ConfigError`."""
-        device = resolve_device(config.device)
+        device = resolve_device(config)
         dtype = resolve_dtype(config.dtype, device)
         if device.type == "cuda":
             num_weights = inspect_checkpoint(directory).num_weights

@@ -188,10 +188,12 @@ class TritonForward:
         from model.kernels.gpu.step import why_not_captured
 
         model, device, dtype = decoder.config, pool.keys.device, decoder.embedding.dtype
-        capture = capture_for(device) if config.cuda_graphs else None
+        capture = None if config.cuda_graphs is False else capture_for(device)
         if capture is None:
             return None
         if (reason := why_not_captured(decoder)) is not None:
+            if config.cuda_graphs:
+                raise ConfigError(f"cuda_graphs cannot be had for this model: {reason}; leave it out")
             logger.info("no CUDA graphs: %s", reason)
             return None
         rows = config.max_num_seqs
@@ -219,6 +221,8 @@ def choose_kernels(
     kind = _choose(decoder, config)
     if config.kv_cache_dtype == "fp8" and kind is not TritonForward:
         raise ConfigError("kv_cache_dtype 'fp8' is for Triton's kernels, on a GPU; use 'auto'")
+    if config.cuda_graphs and kind is not TritonForward:
+        raise ConfigError("cuda_graphs are of Triton's kernels, which do not run this model here; leave it out")
     return kind
 
 

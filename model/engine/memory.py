@@ -9,22 +9,37 @@ from dataclasses import replace
 import torch
 
 from model.cache.pool import bytes_per_token
-from model.config import Device, Dtype, EngineConfig, ModelConfig
+from model.config import Dtype, EngineConfig, ModelConfig
 from model.errors import ConfigError
 from model.kernels.cpu.step import why_never
 
 # Of the memory that is there, for keys and values. The CPU's is shared with everything else on the machine.
 CPU_SHARE = 0.1
+# Of a GPU's, for all that the engine holds there, where nothing else is asked for.
+GPU_SHARE = 0.9
 # Parameters of glibc's `mallopt`.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-def resolve_device(device: Device) -> torch.device:
-    """The device that a setting stands for. Raises `ConfigError` for `cuda` where there is none."""
+def resolve_device(config: EngineConfig) -> torch.device:
+    """The device that a configuration stands for. Raises `ConfigError` for `cuda` where there is none, and for what
+    only a GPU has where the engine will run on the CPU.
+    """
     available = torch.cuda.is_available()
-    if device == "cuda" and not available:
+    if config.device == "cuda" and not available:
         raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device here; use 'cpu' or 'auto'")
-    return torch.device("cuda" if available and device != "cpu" else "cpu")
+    if available and config.device != "cpu":
+        return torch.device("cuda")
+    of_gpus_alone = {
+        "gpu_memory_utilization": config.gpu_memory_utilization is not None,
+        "cuda_graphs": bool(config.cuda_graphs),
+        "kv_cache_dtype 'fp8'": config.kv_cache_dtype == "fp8" and config.kernels == "auto",
+    }
+    for name, is_asked in of_gpus_alone.items():
+        if is_asked:
+            reason = "device 'cpu' was asked for" if available else "torch sees no CUDA device here"
+            raise ConfigError(f"{name} is for a GPU, and the engine runs on the CPU: {reason}; leave it out")
+    return torch.device("cpu")
 
 
 def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
@@ -41,7 +56,7 @@ def for_serving(model: ModelConfig, config: EngineConfig) -> tuple[EngineConfig,
 
     It is several times as fast as fp32, and a request's tokens do not depend on its batch, so that failover is exact.
     """
-    if config.dtype != "auto" or resolve_device(config.device).type != "cpu":
+    if config.dtype != "auto" or resolve_device(config).type != "cpu":
         return config, None
     if config.kernels == "torch":
         return config, "kernels of torch were asked for"
@@ -116,6 +131,11 @@ def check_weights_fit(num_weights: int, dtype: Dtype, device: torch.device, free
     )
 
 
+def gpu_share(config: EngineConfig) -> float:
+    """The part of a GPU's memory that the engine may hold."""
+    return GPU_SHARE if config.gpu_memory_utilization is None else config.gpu_memory_utilization
+
+
 def gib(num_bytes: int) -> str:
     """Bytes as people read them."""
     return f"{num_bytes / 2**30:.1f} GiB"
@@ -125,5 +145,5 @@ def _memory_for_cache(config: EngineConfig, device: torch.device) -> int:
     """Bytes that the cache may take, before anything was measured."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(config.gpu_memory_utilization * free)
+        return int(gpu_share(config) * free)
     return int(CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

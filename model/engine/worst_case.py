@@ -13,7 +13,7 @@ from model.config import EngineConfig, ModelConfig
 from model.decoder import Decoder
 from model.engine.forward import Forward, TritonForward
 from model.engine.graphs import reserved_bytes
-from model.engine.memory import gib
+from model.engine.memory import gib, gpu_share
 from model.engine.request import Request
 from model.engine.runner import Runner
 from model.engine.scheduler import Scheduler
@@ -88,15 +88,16 @@ def spare_bytes(decoder: Decoder, config: EngineConfig, make: MakeForward, memor
     model, dtype = decoder.config, decoder.embedding.dtype
     peak = step_peak(decoder, config, make, memory)
     graphs = 0
-    if config.cuda_graphs and make is TritonForward:
+    if config.cuda_graphs is not False and make is TritonForward:
         longest = config.max_model_len or model.max_position_embeddings
         graphs = reserved_bytes(model, config.max_num_seqs, longest, config.block_size, dtype.itemsize)
     used = memory.used()
-    spare = int(config.gpu_memory_utilization * memory.total) - used - peak - graphs
+    share = gpu_share(config)
+    spare = int(share * memory.total) - used - peak - graphs
     if spare <= 0:
         raise ConfigError(
             f"nothing is left for the cache: of {gib(memory.total)} the engine may use "
-            f"{config.gpu_memory_utilization:.0%}; {gib(used)} are taken, and a step of "
+            f"{share:.0%}; {gib(used)} are taken, and a step of "
             f"{config.max_num_batched_tokens} tokens takes {gib(peak + graphs)}. Lower max_num_batched_tokens "
             f"or max_num_seqs, raise gpu_memory_utilization, or load the weights in int8"
         )

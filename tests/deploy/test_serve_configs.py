@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
+from model.errors import ConfigError
 from service.app import AppArgs
 from tests.deploy.manifests import DEPLOY, put
 
@@ -78,6 +79,10 @@ def test_ray_and_the_application_take_it_as_it_is(config: dict[str, Any]):
         ("applications/0/args/replica", 2),
         ("applications/0/args/replicas", 0),
         ("applications/0/args/dtype", "bf17"),
+        ("applications/0/args/kv_cache_dtype", "fp7"),
+        ("applications/0/args/gpu_memory_utilization", 1.2),
+        ("applications/0/args/overlap", "perhaps"),
+        ("applications/0/args/cuda_graph", True),
         ("applications/0/args/limits", {"max_bodies": 1}),
         ("applications/0/deployments", [{"name": "Engines", "num_replicas": 2}]),
         ("applications/0/deployments", [{"name": "Engine", "num_replica": 2}]),
@@ -87,7 +92,7 @@ def test_ray_and_the_application_take_it_as_it_is(config: dict[str, Any]):
 def test_a_slip_in_it_is_refused(config: dict[str, Any], path: str, value: object):
     slipped = copy.deepcopy(config)
     put(slipped, path, value)
-    with pytest.raises((ValidationError, KeyError, ValueError)):
+    with pytest.raises((ValidationError, KeyError, ValueError, ConfigError)):
         read(slipped)
 
 

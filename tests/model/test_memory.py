@@ -117,3 +117,8 @@ def test_a_share_of_memory_lies_between_none_and_all():
     for share in (0.0, 1.1):
         with pytest.raises(ConfigError, match="gpu_memory_utilization must lie in"):
             EngineConfig(gpu_memory_utilization=share)
+
+
+def test_the_cache_has_one_size():
+    with pytest.raises(ConfigError, match="both say how large the cache is"):
+        EngineConfig(gpu_memory_utilization=0.5, kv_cache_tokens=100)

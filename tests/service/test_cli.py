@@ -74,6 +74,13 @@ def test_generate_takes_token_ids_where_there_is_no_tokenizer(tiny_model: Path, 
         (["serve", "--limit", "max_patience=3"], "limit max_patience"),
         (["serve", "--limit", "max_choices=129"], "limit max_choices"),
         (["keys", "list", "--api-keys-file", "/no/such/keys"], "/no/such/keys"),
+        (["serve", "--gpu-memory-utilization", "1.5"], "gpu_memory_utilization must lie in (0, 1], not 1.5"),
+        (["serve", "--gpu-memory-utilization", "0.5", "--kv-cache-tokens", "99"], "both say how large the cache is"),
+        (["serve", "--overlap", "--speculative-tokens", "2"], "overlap and speculative_tokens exclude each other"),
+        (["generate", "hello", "--gpu-memory-utilization", "0"], "gpu_memory_utilization must lie in (0, 1], not 0.0"),
+        (["generate", "hello", "--device", "cpu", "--cuda-graphs"], "cuda_graphs is for a GPU, and the engine runs on"),
+        (["generate", "hello", "--device", "cpu", "--kv-cache-dtype", "fp8"], "kv_cache_dtype 'fp8' is for a GPU"),
+        (["generate", "hello", "--url", "http://127.0.0.1:9", "--no-overlap"], "leave that out with --url"),
     ],
     ids=[
         "no prompt",
@@ -86,6 +93,13 @@ def test_generate_takes_token_ids_where_there_is_no_tokenizer(tiny_model: Path, 
         "unknown limit",
         "limit beyond its ceiling",
         "no keys to list",
+        "more memory than there is",
+        "two sizes of the cache",
+        "guesses from unread tokens",
+        "no memory",
+        "graphs of a CPU",
+        "fp8 on a CPU",
+        "the engine of a service",
     ],
 )
 def test_a_wrong_command_is_refused_in_one_line(arguments: list[str], words: str) -> None:
@@ -101,11 +115,24 @@ def test_a_key_is_printed_once_listed_by_name_and_removed(tmp_path: Path) -> Non
     assert attendant("keys", "list", *file).stdout == ""
 
 
-def test_threads_reach_the_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("options", "name", "value"),
+    [
+        (["--threads", "3"], "num_threads", 3),
+        (["--gpu-memory-utilization", "0.5"], "gpu_memory_utilization", 0.5),
+        (["--kv-cache-dtype", "fp8"], "kv_cache_dtype", "fp8"),
+        (["--no-overlap"], "overlap", False),
+        (["--cuda-graphs"], "cuda_graphs", True),
+        ([], "cuda_graphs", None),
+    ],
+)
+def test_an_option_reaches_the_engine(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], name: str, value: object
+) -> None:
     served: list[AppArgs] = []
     monkeypatch.setattr("service.serve.run", lambda args, *_, **__: served.append(args))
-    assert CliRunner().invoke(app, ["serve", "--model", str(tiny_model), "--threads", "3"]).exit_code == 0
-    assert served[0].engine_options["num_threads"] == 3
+    assert CliRunner().invoke(app, ["serve", "--model", str(tiny_model), *options]).exit_code == 0
+    assert served[0].engine_options[name] == value
 
 
 def test_a_port_in_use_is_named(tiny_model: Path) -> None:

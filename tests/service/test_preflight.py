@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from model.errors import ConfigError
 from service.preflight import check
 
 
@@ -20,3 +21,17 @@ def test_the_check_tells_the_dtype_and_why_it_is_not_a_faster_one(
     tiny_model: Path, options: dict[str, object], verdict: str
 ) -> None:
     assert check(tiny_model, {"device": "cpu", **options}) == verdict
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization"),
+        ({"cuda_graphs": True}, "cuda_graphs"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8'"),
+    ],
+)
+def test_what_only_a_gpu_has_is_refused_on_a_cpu(tiny_model: Path, options: dict[str, object], name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} is for a GPU, and the engine runs on the CPU: .*; leave it out$"):
+        check(tiny_model, {"device": "cpu", **options})
+    check(tiny_model, {"device": "cpu", "cuda_graphs": False, "overlap": False})  # what a CPU does anyway
