@@ -83,12 +83,15 @@ class AppArgs(Door):
         serving = {"replicas", "autoscaling", "replica_cpus", "drain_seconds", "metrics_host", "vllm_metrics"}
         own = {"model", "model_name", *serving, *Queue._fields, *Door.model_fields}
         options = self.model_dump(exclude=own)
-        # Half of the cores compute; HTTP, text and Ray have the others. With both of 2 cores the embedded model gave
-        # a third fewer tokens (docs/benchmarks.md).
-        most = self.autoscaling.max_replicas if self.autoscaling else self.replicas
-        share = self.replica_cpus or (os.cpu_count() or 2) / (2 * most)
-        options["num_threads"] = self.num_threads or max(1, int(share))
+        # Who is given processors uses them; else the engine decides, when it knows its kernels.
+        options["num_threads"] = self.num_threads or int(self.replica_cpus) or None
         return options
+
+    @property
+    def cores(self) -> int:
+        """This machine's, for each of as many engines as there may be."""
+        most = self.autoscaling.max_replicas if self.autoscaling else self.replicas
+        return max(1, (os.cpu_count() or 2) // most)
 
     @property
     def sleeps(self) -> bool:
@@ -155,6 +158,13 @@ def build(args: AppArgs) -> serve.Application:
     wanted = args.autoscaling.min_replicas if args.autoscaling else args.replicas
     watching = Watching(args.metrics_host, args.vllm_metrics, wanted)
     engine = engines.bind(
-        directory, name, args.engine_options, queue, args.telemetry, watching.exporter_host, args.idle_channel_s
+        directory,
+        name,
+        args.engine_options,
+        queue,
+        args.telemetry,
+        watching.exporter_host,
+        args.idle_channel_s,
+        args.cores,
     )
     return ingress.bind(engine, directory, name, args, args.sleeps, watching)

@@ -88,7 +88,9 @@ def serve(
     overlap: Overlap = None,
     cuda_graphs: CudaGraphs = None,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait in an engine.")] = 256,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of an engine; else half of the cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of an engine; else its share of the cores.")
+    ] = None,
     max_backlog_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that running and waiting requests may need together.")
     ] = None,

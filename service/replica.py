@@ -66,6 +66,7 @@ class EngineReplica:
 
     exporter_host: where its metrics are exposed by themselves, beside what an ingress asks for.
     idle_channel_s: a channel without a request for so long is closed from this side; None: never.
+    cores: that it has to itself, beside what HTTP and Ray need of them; for threads that the options leave open.
     Raises `CheckpointError` or `ConfigError` when the model cannot be loaded.
     """
 
@@ -78,6 +79,7 @@ class EngineReplica:
         telemetry: Telemetry | None = None,
         exporter_host: str | None = None,
         idle_channel_s: float | None = None,
+        cores: int = 1,
     ) -> None:
         # torch is imported here and not above: an ingress reads this module too, and does without torch's 200 MB.
         from model.checkpoint import inspect_checkpoint
@@ -87,7 +89,7 @@ class EngineReplica:
         from model.engine.memory import for_serving
 
         self._model = Path(model)
-        config, _ = for_serving(inspect_checkpoint(self._model).config, EngineConfig(**engine_options))
+        config, _ = for_serving(inspect_checkpoint(self._model).config, EngineConfig(**engine_options), cores)
         self._engine = Engine.from_checkpoint(self._model, config)
         self._capacity = config.max_num_seqs + queue.max_waiting
         # A quarter of what as many requests of full length would need: only unusually long ones meet it.

@@ -333,6 +333,20 @@ class TestChoice:
             assert for_serving(tiny(), config) == (config, None)
 
     @pytest.mark.parametrize(
+        ("options", "threads"),
+        [
+            ({"dtype": "auto"}, 6),
+            ({"dtype": "int8"}, 6),
+            ({"dtype": "fp32"}, 3),  # torch's threads wait for one another
+            ({"kernels": "torch", "dtype": "bf16"}, 3),
+            ({"dtype": "auto", "num_threads": 2}, 2),
+        ],
+    )
+    def test_an_engine_takes_all_of_its_cores_where_the_step_is_native(self, options, threads):
+        config, _ = for_serving(tiny(), EngineConfig(device="cpu", **options), cores=6)
+        assert config.num_threads == threads
+
+    @pytest.mark.parametrize(
         ("changes", "options", "match"),
         [
             ({"attention": "additive"}, {}, "additive"),

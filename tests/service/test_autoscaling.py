@@ -150,10 +150,11 @@ def test_the_command_line_refuses_numbers_that_contradict_one_another(words: Any
         _autoscaling(*words)
 
 
-def test_threads_are_shared_out_for_the_most_replicas_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_shared_out_for_the_most_replicas_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 32)
     scaled = AppArgs(model="m", autoscaling=Autoscaling(max_replicas=4))
-    assert scaled.engine_options["num_threads"] == 4
+    assert scaled.cores == 8
+    assert scaled.engine_options["num_threads"] is None, "the engine knows its kernels"
     assert AppArgs(model="m", replica_cpus=8).engine_options["num_threads"] == 8
 
 
