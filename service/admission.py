@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from service.channel import Submission
+from service.channel import Occupancy, Share, Submission, Work
 
 if TYPE_CHECKING:
     from model.engine.request import Request
@@ -50,31 +50,24 @@ class Admission:
         """As measured; 0 before the first step."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
+    def occupancy(self, unfinished: Collection["Request"], num_compiling: int) -> Occupancy:
+        """How full it is here. num_compiling: requests that were taken, and wait for their grammars before they reach
+        the engine.
+        """
+        held = backlog(unfinished)
+        num_open = len(unfinished) + num_compiling
+        return Occupancy(num_open, self._max_requests, held, self._max_tokens, _whole_seconds(self._seconds_for(held)))
+
     def refusal(
-        self, unfinished: Collection["Request"], num_compiling: int, submissions: Sequence[Submission]
+        self, occupancy: Occupancy, unfinished: Collection["Request"], submissions: Sequence[Submission]
     ) -> Refusal | None:
         """What speaks against taking `submissions` now, beside what is there. None for continuations: their clients
         have been let in.
-
-        num_compiling: requests that were taken, and wait for their grammars before they reach the engine.
         """
         if not submissions or all(submission.resumed for submission in submissions):
             return None
-        num_open = len(unfinished) + num_compiling
-        if num_open + len(submissions) > self._max_requests:
-            message = f"{num_open} requests are running or waiting; {self._max_requests} may"
-            return Refusal("requests", message, self._drain_seconds(backlog(unfinished)))
-        if not num_open:
-            return None
-        held = backlog(unfinished)
-        needed = sum(map(needed_tokens, submissions))
-        if held + needed > self._max_tokens:
-            message = (
-                f"the requests that are running or waiting may need {held} tokens, and this one {needed}; "
-                f"{self._max_tokens} may be outstanding"
-            )
-            return Refusal("tokens", message, self._drain_seconds(held))
-        return self._too_late(unfinished, submissions)
+        need = Share(len(submissions), sum(needed_tokens(submission.work) for submission in submissions))
+        return objection(occupancy, need) or self._too_late(unfinished, submissions)
 
     def _too_late(self, unfinished: Collection["Request"], submissions: Sequence[Submission]) -> Refusal | None:
         """A deadline that will pass in the queue is refused at once: its client may ask elsewhere."""
@@ -91,8 +84,20 @@ class Admission:
     def _seconds_for(self, num_tokens: int) -> float:
         return num_tokens * self._seconds / self._tokens if self._tokens else 0.0
 
-    def _drain_seconds(self, num_tokens: int) -> int:
-        return _whole_seconds(self._seconds_for(num_tokens))
+
+def objection(occupancy: Occupancy, need: Share) -> Refusal | None:
+    """What speaks against taking so much more. A replica that has nothing to do takes one request of any size."""
+    held, most = occupancy.num_tokens, occupancy.max_tokens
+    if occupancy.num_requests + need.num_requests > occupancy.max_requests:
+        message = f"{occupancy.num_requests} requests are running or waiting; {occupancy.max_requests} may"
+        return Refusal("requests", message, occupancy.drain_seconds)
+    if occupancy.num_requests > 0 and held + need.num_tokens > most:
+        message = (
+            f"the requests that are running or waiting may need {held} tokens, and this one {need.num_tokens}; "
+            f"{most} may be outstanding"
+        )
+        return Refusal("tokens", message, occupancy.drain_seconds)
+    return None
 
 
 def backlog(unfinished: Collection["Request"]) -> int:
@@ -114,9 +119,9 @@ def _of_prompt(request: "Request") -> int:
     return 0 if request.leader else max(0, request.num_prompt_tokens - request.num_computed_tokens)
 
 
-def needed_tokens(submission: Submission) -> int:
+def needed_tokens(work: Work) -> int:
     """What a new request may need."""
-    return len(submission.work.prompt_ids) + submission.work.params.max_tokens
+    return len(work.prompt_ids) + work.params.max_tokens
 
 
 def _whole_seconds(seconds: float) -> int:

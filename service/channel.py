@@ -8,7 +8,7 @@ calls beside it. The end of the channel tells either side that the other is gone
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 from model.attention.weights import AttentionRequest, TokenAttention
 from model.sampling.params import GrammarSpec, SamplingParams
@@ -81,6 +81,31 @@ class Submission(NamedTuple):
     trail: Trail = NO_TRAIL
 
 
+class Share(NamedTuple):
+    """A part of what a replica has to do: requests, and the tokens that they may still need together."""
+
+    num_requests: int = 0
+    num_tokens: int = 0
+
+
+class Occupancy(NamedTuple):
+    """How full a replica is: requests running and waiting, and the tokens they may need, for about drain_seconds.
+
+    With an answer to `submit`, what was asked for is in it if it was taken.
+    """
+
+    num_requests: int
+    max_requests: int
+    num_tokens: int
+    max_tokens: int
+    drain_seconds: int
+
+    def plus(self, more: Share) -> Self:
+        """The same with so much more to do."""
+        num_requests, num_tokens = self.num_requests + more.num_requests, self.num_tokens + more.num_tokens
+        return self._replace(num_requests=num_requests, num_tokens=num_tokens)
+
+
 class Accepted(NamedTuple):
     """All submissions of the call are in the engine of this replica; their outputs go to this session of the channel.
 
@@ -90,6 +115,7 @@ class Accepted(NamedTuple):
 
     replica_id: str
     session: int = 0
+    occupancy: Occupancy | None = None
 
 
 @dataclass(frozen=True)
@@ -97,15 +123,15 @@ class Refused:
     """None of the submissions was taken, and why.
 
     A value, not an exception: it crosses the hop whole, and Serve logs no traceback for a client's mistake.
-    `kind`: "invalid" (never can be served), "overloaded" (not now), "full" (nothing else now either), "failed" (this
-    replica's engine is dead or stuck).
+    `kind`: "invalid" (never can be served), "overloaded" (not now), "failed" (this replica's engine is dead or stuck).
     """
 
     replica_id: str
-    kind: Literal["invalid", "overloaded", "full", "failed"]
+    kind: Literal["invalid", "overloaded", "failed"]
     message: str
     param: str | None = None
     retry_after_s: int = 1
+    occupancy: Occupancy | None = None
 
 
 class EngineInfo(NamedTuple):

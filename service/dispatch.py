@@ -16,9 +16,10 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from model.errors import AttendantError, InvalidRequest
+from service.admission import needed_tokens
 from service.affinity import Prefix, PrefixIndex
 from service.balance import RouteHint
-from service.channel import TURN_S, Accepted, EngineInfo, Output, Refused, Work
+from service.channel import TURN_S, Accepted, EngineInfo, Output, Refused, Share, Work
 from service.engines import Engines, reason
 from service.errors import Overloaded, ServiceError, Unavailable
 from service.exposition import Exposition, Replicas
@@ -26,6 +27,7 @@ from service.fullness import Fullness
 from service.link import SILENT_TURNS, Link
 from service.metrics import IngressMetrics
 from service.receipt import EngineReceipt
+from service.router import NoReplica
 from service.streams import Generation, Stream
 from service.telemetry import NO_TRAIL, Trail
 
@@ -35,18 +37,33 @@ MAX_FAILURES = 3  # of engines under one request: it may be the request that kil
 RETRY_PERIOD_S = 0.1
 MAX_RETRY_PERIOD_S = 1.0
 RECEIPT_TIMEOUT_S = 2.0
-# A client waits this long for an engine to take its request. A stream that lost its replica waits for a restart, which
-# takes some 10 s with a small model, but only while Serve has a replica running or starting.
+# A client waits this long for an engine to take its request, a stream that was lost by one for another engine, while
+# there is any: busy, or standing still.
 SUBMIT_TIMEOUT_S = 10.0
 RESUME_TIMEOUT_S = 30.0
-CENSUS_PERIOD_S = 1.0
-MAX_EMPTY_CENSUSES = 3  # in a row: between two replicas there is a moment without any
+# While there is none at all, both wait for this long. A quick restart is lived through, and nobody is left without a
+# word for more than five seconds. That Serve starts one is no reason to wait: what kills an engine may kill the next.
+NOBODY_TIMEOUT_S = 4.0
 # Where an idle service has no engine at all, a client waits for one to start: for its process, and the model's loading.
 COLD_START_TIMEOUT_S = 120.0
 
 
 class Silent(AttendantError):  # noqa: N818 - named for what happened
     """The replica that a call went to has not been heard of for too long."""
+
+
+class Vigil:
+    """One request's wait for any engine at all, counted in turns of our own loop: who was asleep has not waited."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._waited_s = 0.0
+
+    def wait(self, seconds: float) -> None:
+        """So long there has been nobody. Raises `Unavailable` when that is too long in all."""
+        self._waited_s += seconds
+        if self._waited_s >= self._timeout_s:
+            raise Unavailable(f"no engine runs, and none has come up within {self._timeout_s:g} s")
 
 
 class Dispatcher:
@@ -59,14 +76,13 @@ class Dispatcher:
         self._engines = Engines(engines)
         self._engines_sleep = engines_sleep
         self._submit_timeout_s = COLD_START_TIMEOUT_S if engines_sleep else SUBMIT_TIMEOUT_S
+        self._nobody_timeout_s = COLD_START_TIMEOUT_S if engines_sleep else NOBODY_TIMEOUT_S
         self._metrics = metrics
         self._channel_id = uuid.uuid4().hex
         self._streams: dict[str, Stream] = {}
         self._links: dict[str, Link] = {}
         self._prefixes = PrefixIndex()
         self._fullness = Fullness()
-        self._num_resuming = 0
-        self._lookout: asyncio.Task[None] | None = None
         self._info: EngineInfo | None = None
         self._expositions = Replicas(engines, pins=True)
 
@@ -92,9 +108,14 @@ class Dispatcher:
             raise Unavailable(f"no engine is ready: {reason(error)}") from error
         return info
 
-    def check_room(self, *, asks: bool = False) -> None:
-        """Raises `Overloaded` when every engine is known to have no place. asks: an `open` follows at once."""
-        self._fullness.check([replica_id for replica_id, link in self._links.items() if link.is_open], asks=asks)
+    def check_room(self, works: Sequence[Work] = ()) -> None:
+        """Raises `Overloaded` when no engine is known to have room for `works`, to be opened at once; without any, for
+        the least there is.
+        """
+        if self._fullness.knows_something:
+            open_links = [replica_id for replica_id, link in self._links.items() if link.is_open]
+            need = Share(len(works), sum(map(needed_tokens, works))) if works else Share(1, 1)
+            self._fullness.check(open_links, self._shares(), need, asks=bool(works))
 
     async def open(
         self,
@@ -109,10 +130,10 @@ class Dispatcher:
 
         Raises `InvalidRequest`, `Overloaded` or `Unavailable`; then nothing runs.
         """
-        self.check_room(asks=True)
+        self.check_room(works)
         generation = Generation(works, deadline=deadline, max_unread_tokens=max_unread_tokens, timed=timed, trail=trail)
         generation.on_overrun.append(lambda: self.abort(generation.streams))
-        await self._submit(generation.streams, self._submit_timeout_s)
+        await self._submit(generation.streams, self._submit_timeout_s, self._nobody_timeout_s)
         return generation
 
     async def receipt(self, stream: Stream) -> EngineReceipt | None:
@@ -142,30 +163,38 @@ class Dispatcher:
         expositions, self._metrics.replicas_answering = await self._expositions.read(timeout_s)
         return expositions
 
-    async def _submit(self, streams: Sequence[Stream], timeout_s: float) -> None:
+    async def _submit(self, streams: Sequence[Stream], timeout_s: float, nobody_timeout_s: float) -> None:
         """Have one replica take all of `streams`, trying others as they fail. After an error none of them is open."""
         now = asyncio.get_running_loop().time
         deadline = now() + timeout_s
-        pause = RETRY_PERIOD_S
+        pause, vigil = RETRY_PERIOD_S, Vigil(nobody_timeout_s)
         while wanted := [stream for stream in streams if stream.wanted]:  # clients leave while a replica restarts, too
             try:
-                answer = await self._submit_once(wanted, deadline - now())
+                answer = await self._submit_once(wanted, deadline - now(), vigil)
+            except Unavailable:
+                raise
             except TimeoutError:
                 raise Unavailable(f"no engine took the request within {timeout_s:g} s") from None
-            except Exception as error:  # the replica died with the call, or hangs; another may take it
+            except (Silent, NoReplica) as error:  # whoever stands still may go on
                 logger.warning("submitting failed, trying again: %s", reason(error))
+            except Exception as error:  # the replica died with the call; another may take it
+                logger.warning("submitting failed, trying again: %s", reason(error))
+                vigil.wait(pause)
             else:
                 if isinstance(answer, Accepted):
                     self._accepted(wanted, answer)
+                if answer.occupancy is not None:
+                    own = self._shares().get(answer.replica_id, Share())
+                    self._fullness.note(answer.replica_id, answer.occupancy, own)
+                if isinstance(answer, Accepted):
                     break
                 if answer.kind != "failed":
-                    self._fullness.note(answer)
                     raise _as_error(answer)
                 self._doubt(answer.replica_id)
             await asyncio.sleep(pause)
             pause = min(2 * pause, MAX_RETRY_PERIOD_S)
 
-    async def _submit_once(self, streams: Sequence[Stream], timeout_s: float) -> Accepted | Refused:
+    async def _submit_once(self, streams: Sequence[Stream], timeout_s: float, vigil: "Vigil") -> Accepted | Refused:
         submissions = [stream.new_attempt() for stream in streams]
         leaders = _leaders(streams)
         # Open before they are sent: a first token may overtake the answer to the call.
@@ -182,7 +211,7 @@ class Dispatcher:
             )
         )
         try:
-            answer: Accepted | Refused = await self._answer(call, chosen)
+            answer: Accepted | Refused = await self._answer(call, chosen, vigil)
         except BaseException:  # also when the client leaves while we wait: the call may have been taken all the same
             call.cancel()
             self._withdraw(streams)
@@ -196,21 +225,25 @@ class Dispatcher:
                     stream.visit = self._prefixes.sent(answer.replica_id, prefix)
         return answer
 
-    async def _answer(self, call: "asyncio.Task[Any]", chosen: Sequence[str]) -> Any:
-        """Wait for the answer, for as long as whoever is to give it shows signs of life. Raises `Silent`."""
+    async def _answer(self, call: "asyncio.Task[Any]", chosen: Sequence[str], vigil: "Vigil") -> Any:
+        """Wait for the answer, for as long as whoever is to give it shows signs of life. Raises `Silent`, and
+        `Unavailable` when there is nobody to give it.
+        """
         turn = 0
         while not (await asyncio.wait({call}, timeout=TURN_S))[0]:
             turn += 1
             link = self._links.get(chosen[-1]) if chosen else None
-            if link is not None and not link.is_done:
+            if not chosen:
+                vigil.wait(TURN_S)
+            elif link is not None and not link.is_done:
                 if not link.is_open:
                     raise Silent(f"engine replica {link.replica_id} does not answer")
-            elif chosen and turn > SILENT_TURNS:  # nothing has come from it yet, so there is no channel to listen at
+            elif turn > SILENT_TURNS:  # nothing has come from it yet, so there is no channel to listen at
                 self._doubt(chosen[-1])
         return call.result()
 
     def _accepted(self, streams: Sequence[Stream], answer: Accepted) -> None:
-        replica_id, session = answer
+        replica_id, session, _ = answer
         for stream in streams:
             stream.replica_id, stream.session = replica_id, session
         left = [stream.request_id for stream in streams if not stream.wanted]
@@ -248,7 +281,6 @@ class Dispatcher:
         running: dict[str | None, list[str]] = {}
         for stream in streams:
             if self._streams.pop(stream.request_id, None) is not None:
-                self._fullness.left(stream.replica_id)
                 if stream.visit is not None and stream.visit.uncached:
                     self._prefixes.withdrawn(stream.visit)
                 running.setdefault(stream.replica_id, []).append(stream.request_id)
@@ -262,7 +294,6 @@ class Dispatcher:
                 continue
             if finish_reason is not None:
                 del self._streams[request_id]
-                self._fullness.left(stream.replica_id)
             stream.receive(token_ids, finish_reason, num_cached_tokens, details)
             if stream.visit is not None:
                 if stream.visit.uncached:
@@ -296,33 +327,10 @@ class Dispatcher:
         try:
             if streams[0].failures > MAX_FAILURES:
                 raise Unavailable(f"the engines died {streams[0].failures} times under this request")
-            await self._submit_with_hope(streams)
+            await self._submit(streams, RESUME_TIMEOUT_S, NOBODY_TIMEOUT_S)
         except AttendantError as error:
             for stream in streams:
                 stream.fail(error if isinstance(error, ServiceError) else Unavailable(str(error)))
-
-    async def _submit_with_hope(self, streams: list[Stream]) -> None:
-        """Submit what was accepted once, waiting for a replica as long as one may come. Raises as `_submit` does."""
-        self._num_resuming += 1
-        if self._lookout is None or self._lookout.done():
-            self._lookout = self._engines.spawn(self._until_hopeless())
-        submitting = self._engines.spawn(self._submit(streams, RESUME_TIMEOUT_S))
-        try:
-            await asyncio.wait({submitting, self._lookout}, return_when=asyncio.FIRST_COMPLETED)
-            if not submitting.done():
-                submitting.cancel()
-                raise Unavailable("the engine that had this request is gone, and no other runs or is being started")
-            await submitting
-        finally:
-            self._num_resuming -= 1
-
-    async def _until_hopeless(self) -> None:
-        """Return when Serve has had no replica for some time; or when nobody waits for one any more."""
-        num_empty = 0
-        await asyncio.sleep(CENSUS_PERIOD_S)
-        while self._num_resuming and num_empty < MAX_EMPTY_CENSUSES:
-            num_empty = num_empty + 1 if await self._engines.num_replicas() == 0 else 0
-            await asyncio.sleep(CENSUS_PERIOD_S)
 
     async def _abort_on(self, replica_id: str | None, request_ids: list[str]) -> None:
         try:
@@ -347,6 +355,15 @@ class Dispatcher:
         num_tokens = sum(prefix.num_tokens for _, prefix in leaders)
         session = leaders[0][0].work.session if leaders else ""
         return RouteHint(num_tokens, cached, pending, open_streams, self._in_doubt(), session)
+
+    def _shares(self) -> dict[str | None, Share]:
+        """What of each replica's work is ours. Under None: what has been sent, and not answered yet."""
+        counts: Counter[str | None] = Counter()
+        tokens: Counter[str | None] = Counter()
+        for stream in self._streams.values():
+            counts[stream.replica_id] += 1
+            tokens[stream.replica_id] += stream.outstanding_tokens
+        return {replica_id: Share(count, tokens[replica_id]) for replica_id, count in counts.items()}
 
     def _in_doubt(self) -> frozenset[str]:
         self._links = {replica_id: link for replica_id, link in self._links.items() if not link.is_done}

@@ -5,8 +5,6 @@ import contextvars
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-import ray
-from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 T = TypeVar("T")
@@ -44,22 +42,6 @@ class Engines:
         Any: what the call returns depends on `stream`, and Serve's annotations do not follow that.
         """
         return self.handle.options(stream=True).channel.remote(channel_id, session, pin=pin)
-
-    async def num_replicas(self) -> int | None:
-        """How many run, or are being started, as Serve's controller has it; None when it does not say."""
-
-        def count() -> int:
-            application = serve.status().applications.get(self.handle.app_name)
-            deployment = application and application.deployments.get(self.handle.deployment_name)
-            states = deployment.replica_states if deployment else {}
-            return sum(number for state, number in states.items() if state != "STOPPING")
-
-        if not ray.is_initialized():  # `status` would start a Ray of its own
-            return None
-        try:
-            return await asyncio.to_thread(count)  # `status` blocks
-        except Exception:  # the controller itself may be restarting
-            return None
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         """Run outside the HTTP request's context.

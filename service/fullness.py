@@ -1,72 +1,70 @@
-"""What the engines last said of their room, so that under overload most calls end at the ingress.
+"""How full the engines are, so that under overload most calls end at the ingress.
 
-Asking costs both processes more than the whole refusal does, and takes longer the more calls are under way. So behind
-a refusal only those ask who have a reason to: one for each request of ours that has left, and one every moment, since
-requests of other ingresses come and go, too.
+Asking costs both processes more than the whole refusal does, and takes longer the more calls are under way. A replica
+says how full it is with each answer (`service.channel.Occupancy`); what has changed since, of requests of ours, is
+known here. What other ingresses have done meanwhile is not: so every moment one request asks all the same.
 """
 
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
-from service.channel import Refused
+from service.admission import objection
+from service.channel import Occupancy, Share
 from service.errors import Overloaded
 
 PROBE_S = 0.1
-# Without a refusal for so long, some twenty calls have been taken, or nobody has asked.
+# Without an answer for so long, nobody has asked, or the replica is gone.
 FORGET_S = 2.0
 
 
-@dataclass
-class _Full:
-    """A replica that has said that it has no place. places: left since by requests of ours, and not asked for yet."""
+class _Said(NamedTuple):
+    """What a replica said of itself, and what of that was ours."""
 
-    refused: Refused
-    refused_at: float
-    probed_at: float
-    places: int = 0
+    occupancy: Occupancy
+    own: Share
+    at: float
 
-    def may_be_asked(self, now: float) -> bool:
-        return self.places > 0 or now - self.probed_at >= PROBE_S
-
-    def ask(self, now: float) -> None:
-        if self.places:
-            self.places -= 1
-        else:
-            self.probed_at = now
+    def since(self, own: Share, sent: Share) -> Occupancy:
+        """What it would say now, had nothing changed but what is ours, and with what may be on its way to it."""
+        before = Share(-self.own.num_requests, -self.own.num_tokens)
+        return self.occupancy.plus(own).plus(sent).plus(before)
 
 
 class Fullness:
-    """Which replicas are full, and whether it is worth a call to ask again."""
+    """Which replicas have room, as far as one ingress can know, and whether it is worth a call to ask again."""
 
     def __init__(self) -> None:
-        self._full: dict[str, _Full] = {}
+        self._said: dict[str, _Said] = {}
+        self._probed_at = -PROBE_S
 
-    def note(self, refused: Refused) -> None:
-        """A replica has refused. That a request was too large says nothing of the next one; that it was full does."""
-        if refused.kind != "full":
-            return
+    @property
+    def knows_something(self) -> bool:
+        """Whether any replica has ever said how full it is."""
+        return bool(self._said)
+
+    def note(self, replica_id: str, occupancy: Occupancy, own: Share) -> None:
+        """A replica has answered, when so much there was ours."""
+        self._said[replica_id] = _Said(occupancy, own, time.monotonic())
+
+    def check(
+        self, replica_ids: Collection[str], shares: Mapping[str | None, Share], need: Share, *, asks: bool
+    ) -> None:
+        """Raises `Overloaded` when none of these has room. shares: what of their work is ours; under None, what may
+        be on its way to any of them. asks: a call follows.
+        """
         now = time.monotonic()
-        full = self._full.setdefault(refused.replica_id, _Full(refused, now, now))
-        full.refused, full.refused_at = refused, now
-
-    def left(self, replica_id: str | None) -> None:
-        """A request of ours has ended there."""
-        if replica_id in self._full:
-            self._full[replica_id].places += 1
-
-    def check(self, replica_ids: Collection[str], *, asks: bool) -> None:
-        """Raises `Overloaded` when all of these are known to be full. asks: a call follows."""
-        if not self._full:
+        self._said = {replica_id: said for replica_id, said in self._said.items() if now - said.at < FORGET_S}
+        if not self._said or not self._said.keys() >= set(replica_ids):
             return
-        now = time.monotonic()
-        self._full = {name: full for name, full in self._full.items() if now - full.refused_at < FORGET_S}
-        if not self._full or not self._full.keys() >= set(replica_ids):
-            return
-        for full in self._full.values():
-            if full.may_be_asked(now):
-                if asks:
-                    full.ask(now)
+        refusals = []
+        for replica_id, said in self._said.items():
+            refusal = objection(said.since(shares.get(replica_id, Share()), shares.get(None, Share())), need)
+            if refusal is None:
                 return
-        refused = full.refused
-        raise Overloaded(refused.message, retry_after_s=refused.retry_after_s)
+            refusals.append(refusal)
+        if now - self._probed_at < PROBE_S:
+            soonest = min(refusals, key=lambda refusal: refusal.retry_after_s)
+            raise Overloaded(soonest.message, retry_after_s=soonest.retry_after_s)
+        if asks:
+            self._probed_at = now

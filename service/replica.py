@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray import serve
 
@@ -23,6 +23,7 @@ from service.channel import (
     Outbox,
     Output,
     Refused,
+    Share,
     Submission,
 )
 from service.exposition import Exposition, export
@@ -136,19 +137,23 @@ class EngineReplica:
             return Refused(self._replica_id, "failed", self._complaint())
         timing = Timing()
         unfinished = [owner.request for owner in self._owners.values()]
-        if refusal := self._admission.refusal(unfinished, len(self._grammars.waiting), submissions):
+        occupancy = self._admission.occupancy(unfinished, len(self._grammars.waiting))
+        if refusal := self._admission.refusal(occupancy, unfinished, submissions):
             self._metrics.refused(refusal.reason)
-            if submissions:
-                logger.info("refused: %s", refusal.reason, extra=fields(request_id=submissions[0].trail.request_id))
-            one_too_many = refusal.reason == "requests" and len(submissions) == 1
-            kind: Literal["full", "overloaded"] = "full" if one_too_many else "overloaded"
-            return Refused(self._replica_id, kind, refusal.message, retry_after_s=refusal.retry_after_s)
+            logger.info("refused: %s", refusal.reason, extra=fields(request_id=submissions[0].trail.request_id))
+            return Refused(
+                self._replica_id,
+                "overloaded",
+                refusal.message,
+                retry_after_s=refusal.retry_after_s,
+                occupancy=occupancy,
+            )
         try:
             submissions, grammars = await self._grammars.compile(submissions)
         except InvalidRequest as error:
             return Refused(self._replica_id, "invalid", str(error), param=error.param)
         outbox = self._outbox(channel_id)
-        started: list[str] = []
+        started: dict[str, Request] = {}
         leaders: dict[tuple[int, ...], Request] = {}  # of several choices, the first computes the prompt for all
         for submission in submissions:
             prompt, spec = tuple(submission.work.prompt_ids), submission.work.grammar
@@ -156,15 +161,16 @@ class EngineReplica:
             try:
                 request = self._start(submission, outbox, leaders.get(prompt), grammar, timing)
             except InvalidRequest as error:
-                await self.abort(started)
+                await self.abort(list(started))
                 return Refused(self._replica_id, "invalid", str(error), param=error.param)
-            started.append(submission.request_id)
+            started[submission.request_id] = request
             leaders.setdefault(prompt, request)
         if started and submissions[0].timed:
-            self._timings[started[0]] = timing
+            self._timings[submissions[0].request_id] = timing
             if len(self._timings) > MAX_TIMINGS:
                 del self._timings[next(iter(self._timings))]
-        return Accepted(self._replica_id, outbox.session)
+        taken = Share(len(started), backlog(started.values()))
+        return Accepted(self._replica_id, outbox.session, occupancy.plus(taken))
 
     async def abort(self, request_ids: list[str], pin: str | None = None) -> None:
         """Forget these requests and free their blocks; ids that are unknown or finished are fine."""

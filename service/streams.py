@@ -63,6 +63,12 @@ class Stream:
         """The engine's name for the current attempt: late tokens of an earlier one match no stream and are dropped."""
         return f"{self.call_id}-{self._choice}-{self._attempt}"
 
+    @property
+    def outstanding_tokens(self) -> int:
+        """What it may still need of an engine: of its prompt, as far as we know, and of its output."""
+        prompt = 0 if self.journal else len(self.work.prompt_ids)
+        return prompt + max(0, self.work.params.max_tokens - len(self.journal))
+
     def new_attempt(self) -> Submission:
         """The request as it stands; after a replica's death, with what was already said."""
         self._attempt += 1

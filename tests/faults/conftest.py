@@ -18,6 +18,7 @@ from service.api.routes import create_api
 from service.door import Door
 from service.limits import Limits
 from tests.conftest import STORYTELLER
+from tests.faults.sabotage import sabotaged
 from tests.service.conftest import Running, start, stop
 from tests.service.fakes import FakeFleet
 from tests.service.test_gate import service_with
@@ -137,9 +138,10 @@ def small(served_model: Path) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="session")
-def fleet() -> Iterator[Running]:
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Two replicas that may be killed, in the arithmetic in which a resumed stream is the same to the last bit."""
-    running = start(STORYTELLER, "--replicas", "2", "--kv-cache-tokens", "16384", "--dtype", "bf16")
+    with sabotaged(tmp_path_factory.mktemp("sabotage")):
+        running = start(STORYTELLER, "--replicas", "2", "--kv-cache-tokens", "16384", "--dtype", "bf16")
     yield running
     assert stop(running) == 0
 

@@ -85,6 +85,16 @@ async def until(condition: Callable[[], object], seconds: float) -> None:
             await asyncio.sleep(0.1)
 
 
+async def until_engines(running: Running, number: int) -> None:
+    """Wait until so many engines answer: a process that has only been started is none yet."""
+
+    def are_there() -> bool:
+        answering = running.metrics()["attendant_engine_replicas_answering"]
+        return answering == number == len(running.engine_processes())
+
+    await until(are_there, 60)
+
+
 def same(told: list[Told], undisturbed: list[Told]) -> int:
     """How many say what they would have said."""
     pairs = zip(told, undisturbed, strict=True)

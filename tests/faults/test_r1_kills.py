@@ -8,13 +8,14 @@ import signal
 
 import pytest
 
-from tests.faults.conftest import scaled
-from tests.faults.survivors import Told, pause_at, same, tell_all, until
+from tests.faults.conftest import FULL, scaled
+from tests.faults.survivors import Told, pause_at, same, tell_all, until_engines
 from tests.service.conftest import Running
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 STREAMS, TOKENS = 24, 128
+PAUSE_S = 2.0
 
 
 async def test_streams_of_killed_replicas_are_what_they_would_have_been(fleet: Running) -> None:
@@ -23,7 +24,7 @@ async def test_streams_of_killed_replicas_are_what_they_would_have_been(fleet: R
     kills = scaled(1, 20)
     resumes = fleet.metrics()["attendant_stream_resumes_total"]
     for _ in range(kills):
-        await until(lambda: len(fleet.engine_processes()) == 2, 60)
+        await until_engines(fleet, 2)
         victim, *_ = fleet.engine_processes()
 
         async def kill(victim=victim) -> None:
@@ -38,3 +39,5 @@ async def test_streams_of_killed_replicas_are_what_they_would_have_been(fleet: R
     )
     assert identical == len(disturbed)
     assert moved >= kills
+    if FULL:
+        assert pause_at(disturbed, 0.99) <= PAUSE_S

@@ -11,7 +11,7 @@ import signal
 import pytest
 
 from tests.faults.conftest import scaled
-from tests.faults.survivors import pause_at, same, tell_all, until
+from tests.faults.survivors import pause_at, same, tell_all, until, until_engines
 from tests.service.conftest import Running
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
@@ -26,6 +26,7 @@ async def num_resumes(running: Running) -> float:
 
 
 async def test_streams_of_a_replica_that_stands_still_go_on_elsewhere(fleet: Running) -> None:
+    await until_engines(fleet, 2)
     undisturbed = await tell_all(fleet, STREAMS, TOKENS)
     for _ in range(scaled(1, 5)):
         victim, *_ = fleet.engine_processes()
@@ -48,6 +49,7 @@ async def test_streams_of_a_replica_that_stands_still_go_on_elsewhere(fleet: Run
 
 
 async def test_a_service_whose_only_other_replica_stands_still_answers_new_requests(fleet: Running) -> None:
+    await until_engines(fleet, 2)
     victim, *_ = fleet.engine_processes()
     victim.send_signal(signal.SIGSTOP)
     try:

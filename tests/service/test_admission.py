@@ -39,6 +39,12 @@ def measured(
     return admission
 
 
+def refusal_of(
+    admission: Admission, unfinished: list[Request], num_compiling: int, submissions: list[Submission]
+) -> Refusal | None:
+    return admission.refusal(admission.occupancy(unfinished, num_compiling), unfinished, submissions)
+
+
 def reason(refusal: Refusal | None) -> str:
     assert refusal is not None
     return refusal.reason
@@ -55,35 +61,35 @@ def test_siblings_share_one_prompt() -> None:
 
 def test_a_queue_that_is_full_of_requests_takes_no_more() -> None:
     admission = measured(100)
-    assert admission.refusal([waiting(1, 1)] * 3, 0, new()) is None
-    assert reason(admission.refusal([waiting(1, 1)] * 4, 0, new())) == "requests"
+    assert refusal_of(admission, [waiting(1, 1)] * 3, 0, new()) is None
+    assert reason(refusal_of(admission, [waiting(1, 1)] * 4, 0, new())) == "requests"
 
 
 def test_requests_whose_grammars_are_being_compiled_have_their_place() -> None:
-    assert reason(measured(100).refusal([waiting(1, 1)] * 3, 1, new())) == "requests"
+    assert reason(refusal_of(measured(100), [waiting(1, 1)] * 3, 1, new())) == "requests"
 
 
 def test_a_queue_that_is_full_of_tokens_takes_no_more() -> None:
     admission = measured(100)
-    assert admission.refusal([waiting(480, 500)], 0, new(10, 10)) is None
-    assert reason(admission.refusal([waiting(480, 500)], 0, new(10, 11))) == "tokens"
+    assert refusal_of(admission, [waiting(480, 500)], 0, new(10, 10)) is None
+    assert reason(refusal_of(admission, [waiting(480, 500)], 0, new(10, 11))) == "tokens"
 
 
 def test_a_replica_without_work_takes_a_request_of_any_size() -> None:
-    assert measured(100).refusal([], 0, new(5000, 5000)) is None
+    assert refusal_of(measured(100), [], 0, new(5000, 5000)) is None
 
 
 @pytest.mark.parametrize(("tokens_per_second", "seconds"), [(100, 10), (300, 4), (100_000, 1), (1, MAX_RETRY_AFTER_S)])
 def test_a_refusal_says_when_the_backlog_will_be_done_at_the_measured_speed(
     tokens_per_second: int, seconds: int
 ) -> None:
-    refusal = measured(tokens_per_second).refusal([waiting(500, 500)], 0, new())
+    refusal = refusal_of(measured(tokens_per_second), [waiting(500, 500)], 0, new())
     assert refusal is not None
     assert refusal.retry_after_s == seconds
 
 
 def test_before_anything_is_measured_a_second_is_the_guess() -> None:
-    refusal = Admission(1, 1, 10).refusal([waiting(500, 500)], 0, new())
+    refusal = refusal_of(Admission(1, 1, 10), [waiting(500, 500)], 0, new())
     assert refusal is not None
     assert refusal.retry_after_s == 1
 
@@ -92,28 +98,28 @@ def test_the_speed_is_that_of_the_last_steps() -> None:
     admission = measured(10)
     for _ in range(1000):
         admission.observe(100, 1.0)
-    refusal = admission.refusal([waiting(500, 500)], 0, new())
+    refusal = refusal_of(admission, [waiting(500, 500)], 0, new())
     assert refusal is not None
     assert refusal.retry_after_s in (10, 11)
 
 
 def test_a_stream_that_lost_its_replica_is_taken_however_much_waits() -> None:
-    assert measured(100).refusal([waiting(500, 500)] * 4, 0, new(resumed=True)) is None
+    assert refusal_of(measured(100), [waiting(500, 500)] * 4, 0, new(resumed=True)) is None
 
 
 def test_a_deadline_that_would_pass_in_the_queue_is_refused_at_once() -> None:
     queue = [running(1, 1), running(1, 1), waiting(200, 200)]
-    assert measured(100).refusal(queue, 0, new(seconds_left=5)) is None
-    refusal = measured(100).refusal(queue, 0, new(seconds_left=1.5))
+    assert refusal_of(measured(100), queue, 0, new(seconds_left=5)) is None
+    refusal = refusal_of(measured(100), queue, 0, new(seconds_left=1.5))
     assert reason(refusal) == "deadline"
     assert refusal is not None
     assert refusal.retry_after_s == 3
 
 
 def test_a_deadline_is_no_matter_while_there_is_a_place_in_the_batch() -> None:
-    assert measured(100).refusal([waiting(400, 400)], 0, new(seconds_left=0.1)) is None
+    assert refusal_of(measured(100), [waiting(400, 400)], 0, new(seconds_left=0.1)) is None
 
 
 def test_who_goes_first_does_not_wait_for_those_behind() -> None:
     queue = [running(1, 1), running(1, 1), waiting(200, 200)]
-    assert measured(100).refusal(queue, 0, new(seconds_left=1.5, priority=-1)) is None
+    assert refusal_of(measured(100), queue, 0, new(seconds_left=1.5, priority=-1)) is None

@@ -7,7 +7,7 @@ import pytest
 from model.errors import InvalidRequest
 from model.sampling.params import SamplingParams
 from service.channel import Accepted, Outbox, Refused, Work
-from service.dispatch import MAX_EMPTY_CENSUSES, MAX_FAILURES, Dispatcher
+from service.dispatch import MAX_FAILURES, Dispatcher, Vigil
 from service.errors import DeadlineExceeded, Overloaded, Unavailable
 from service.link import SILENT_TURNS
 from service.metrics import IngressMetrics
@@ -187,6 +187,7 @@ async def test_engines_that_may_sleep_are_not_woken_to_see_whether_the_service_i
 
 async def test_a_request_waits_longer_where_the_engines_may_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.dispatch.SUBMIT_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("service.dispatch.NOBODY_TIMEOUT_S", 0.01)
     fleet = FakeFleet()
     dispatcher = Dispatcher(fleet, IngressMetrics("tiny"), engines_sleep=True)  # type: ignore[arg-type]
     asyncio.get_running_loop().call_later(0.1, fleet.add, "late")
@@ -199,7 +200,6 @@ def quick_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turns of a hundredth of a second."""
     for module in ("link", "dispatch"):
         monkeypatch.setattr(f"service.{module}.TURN_S", 0.01)
-    monkeypatch.setattr("service.dispatch.CENSUS_PERIOD_S", 0.01)
 
 
 @pytest.mark.usefixtures("quick_turns")
@@ -330,41 +330,65 @@ async def test_a_ping_tells_how_much_has_come() -> None:
     await until(lambda: (0, 2) in a.pings)
 
 
-@pytest.mark.usefixtures("quick_turns")
-async def test_a_stream_fails_when_no_replica_is_left_and_none_is_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def short_vigil(monkeypatch: pytest.MonkeyPatch, quick_turns: None) -> list[float]:
+    """Five turns without anybody are too many. The turns that somebody has waited."""
+    turns: list[float] = []
+    wait = Vigil.wait
+
+    def counted(vigil: Vigil, seconds: float) -> None:
+        turns.append(seconds)
+        wait(vigil, seconds)
+
+    monkeypatch.setattr("service.dispatch.NOBODY_TIMEOUT_S", 0.045)
+    monkeypatch.setattr(Vigil, "wait", counted)
+    return turns
+
+
+async def test_a_stream_ends_with_a_typed_error_soon_after_the_last_replica(short_vigil: list[float]) -> None:
     fleet = FakeFleet("a")
-    dispatcher = dispatcher_for(fleet)
-
-    async def none() -> int:
-        return 0
-
-    monkeypatch.setattr(dispatcher._engines, "num_replicas", none)
-    generation = await dispatcher.open([WORK])
+    generation = await dispatcher_for(fleet).open([WORK])
     fleet.kill("a")
     async with asyncio.timeout(5):
         (piece,) = await generation.next()
     assert isinstance(piece.error, Unavailable)
-    assert "no other runs" in str(piece.error)
+    assert "no engine runs" in str(piece.error)
+    assert len(short_vigil) == 5
 
 
-@pytest.mark.usefixtures("quick_turns")
-async def test_a_stream_waits_for_a_replica_that_is_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_new_request_waits_no_longer_for_the_first_replica(short_vigil: list[float]) -> None:
+    with pytest.raises(Unavailable, match="no engine runs"):
+        await dispatcher_for(FakeFleet()).open([WORK])
+    assert len(short_vigil) == 5
+
+
+async def test_a_stream_goes_on_with_a_replica_that_comes_in_time(short_vigil: list[float]) -> None:
     fleet = FakeFleet("a")
-    dispatcher = dispatcher_for(fleet)
-    asked = []
-
-    async def one() -> int:
-        asked.append(True)
-        return 1
-
-    monkeypatch.setattr(dispatcher._engines, "num_replicas", one)
-    generation = await dispatcher.open([WORK])
+    generation = await dispatcher_for(fleet).open([WORK])
     fleet.kill("a")
-    await until(lambda: len(asked) > 2 * MAX_EMPTY_CENSUSES)
+    await until(lambda: len(short_vigil) == 2)
     fleet.add("b")
     await until(lambda: fleet.replicas["b"].submitted)
     fleet.replicas["b"].say(0, 5)
     assert await tokens(generation, 1) == [5]
+
+
+async def test_a_replica_that_stands_still_is_waited_for_longer_than_one_that_is_gone(
+    short_vigil: list[float],
+) -> None:
+    fleet = FakeFleet("a")
+    dispatcher = dispatcher_for(fleet)
+    generation = await dispatcher.open([WORK])
+    a = fleet.replicas["a"]
+    a.say(0, 5)
+    assert await tokens(generation, 1) == [5]
+    a.awake.clear()
+    await until(lambda: dispatcher._in_doubt() and dispatcher._links["a"].is_open is False)
+    for _ in range(20):  # turns, in each of which nobody may be asked
+        await asyncio.sleep(0.01)
+    a.awake.set()
+    await until(lambda: len(a.submitted) == 2)
+    assert short_vigil == []
 
 
 async def test_requests_move_each_for_itself_and_the_choices_of_one_together() -> None:

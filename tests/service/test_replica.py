@@ -17,7 +17,7 @@ from model.text.tokenizer import Tokenizer
 from service import replica as replica_module
 from service.autoscaling import Load
 from service.balance import RouteHint, Standing
-from service.channel import Accepted, Output, Refused, Submission, Work
+from service.channel import Output, Refused, Submission, Work
 from service.replica import EngineReplica, Queue
 
 OPTIONS: dict[str, Any] = {
@@ -82,7 +82,7 @@ async def test_a_replica_that_is_left_the_choice_computes_in_bf16_with_native_ke
 
 
 async def test_outputs_that_came_before_the_channel_was_opened_are_not_lost(replica: EngineReplica) -> None:
-    assert await replica.submit("c", [submission("a")], RouteHint()) == Accepted("r1")
+    assert (await replica.submit("c", [submission("a")], RouteHint()))[:2] == ("r1", 0)
     await until(lambda: not replica._owners)
     assert len((await read(replica.channel("c", 0, "r1"), 1))["a"]) == 5
 
@@ -165,7 +165,7 @@ async def test_a_session_that_is_over_ends_at_once_and_leaves_the_next_one_alone
     old = replica.channel("c", 0, "r1")
     await anext(old)
     replica._outboxes["c"].close()
-    assert await replica.submit("c", [submission("b")], RouteHint()) == Accepted("r1", 1)
+    assert (await replica.submit("c", [submission("b")], RouteHint()))[:2] == ("r1", 1)
     assert [item async for item in replica.channel("c", 0, "r1")] == []
     await old.aclose()
     assert len((await read(replica.channel("c", 1, "r1"), 1))["b"]) == 5
@@ -192,7 +192,7 @@ async def test_a_stuck_step_ends_the_channels_and_the_replica_is_well_when_it_go
     go_on.set()
     await until(lambda: replica._is_well)
     await until(lambda: sample(replica, "num_requests_running") == 0)
-    assert await replica.submit("c", [submission("b")], RouteHint()) == Accepted("r1", 1)
+    assert (await replica.submit("c", [submission("b")], RouteHint()))[:2] == ("r1", 1)
     assert len((await read(replica.channel("c", 1, "r1"), 1))["b"]) == 5
 
 
@@ -200,15 +200,18 @@ async def test_a_full_replica_refuses_and_starts_nothing(replica: EngineReplica)
     await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(6)], RouteHint())
     refused = await replica.submit("c", [submission("late")], RouteHint())
     assert isinstance(refused, Refused)
-    assert refused.kind == "full"
+    assert refused.kind == "overloaded"
     assert "late" not in replica._owners
 
 
-async def test_what_needs_several_places_does_not_call_the_replica_full(replica: EngineReplica) -> None:
-    await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(5)], {})
-    refused = await replica.submit("c", [submission("one"), submission("two")], {})
-    assert isinstance(refused, Refused)
-    assert refused.kind == "overloaded"
+async def test_with_each_answer_a_replica_says_how_full_it_is(replica: EngineReplica) -> None:
+    accepted = await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(5)], RouteHint())
+    refused = await replica.submit("c", [submission("one"), submission("two")], RouteHint())
+    assert accepted.occupancy is not None
+    assert refused.occupancy is not None
+    assert (accepted.occupancy.num_requests, accepted.occupancy.max_requests) == (5, 6)
+    assert 5 * 890 < refused.occupancy.num_tokens <= accepted.occupancy.num_tokens <= 5 * 910
+    assert refused.occupancy.num_requests == 5, "what was not taken is not in it"
 
 
 async def test_a_refusal_for_load_says_when_to_come_back_and_why(replica: EngineReplica) -> None:
@@ -268,7 +271,7 @@ async def test_who_has_priority_is_computed_first(replica: EngineReplica) -> Non
 
 async def test_a_stream_that_lost_its_replica_is_taken_by_a_full_one(replica: EngineReplica) -> None:
     await replica.submit("c", [submission(str(i), max_tokens=900) for i in range(6)], RouteHint())
-    assert await replica.submit("c", [submission("moved", output_ids=(7,))], RouteHint()) == Accepted("r1")
+    assert (await replica.submit("c", [submission("moved", output_ids=(7,))], RouteHint()))[:2] == ("r1", 0)
 
 
 async def test_one_bad_request_of_several_starts_none_of_them(replica: EngineReplica) -> None:
@@ -284,7 +287,7 @@ def constrained(name: str, spec: GrammarSpec) -> Submission:
 
 async def test_an_output_keeps_to_its_grammar(replica: EngineReplica, tiny_model: Path) -> None:
     spec = GrammarSpec("choice", '["red", "green"]')
-    assert await replica.submit("c", [constrained("a", spec)], RouteHint()) == Accepted("r1")
+    assert (await replica.submit("c", [constrained("a", spec)], RouteHint()))[:2] == ("r1", 0)
     token_ids = (await read(replica.channel("c", 0, "r1"), 1))["a"]
     assert Tokenizer.from_directory(tiny_model).decode(token_ids) in ("red", "green")
 
