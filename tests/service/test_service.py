@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
+import psutil
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
@@ -160,6 +161,12 @@ def test_a_bad_body_is_refused_in_the_openai_shape(service: Running, content: by
 def test_the_clients_request_id_comes_back_once(service: Running) -> None:
     answer = httpx.get(f"{service.url}/health", headers={"x-request-id": "mine-1"})
     assert answer.headers.get_list("x-request-id") == ["mine-1"]
+
+
+def test_engines_have_as_much_of_the_machine_as_whoever_started_them(service: Running) -> None:
+    engines = service.engine_processes()
+    assert [engine.nice() for engine in engines] == [psutil.Process(service.process.pid).nice()] * len(engines)
+    assert engines
 
 
 def test_the_metrics_agree_with_what_was_sent(client: OpenAI, service: Running) -> None:
