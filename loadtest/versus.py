@@ -3,7 +3,8 @@
     python -m loadtest.versus attendant=http://127.0.0.1:8000 llama-server=http://127.0.0.1:8080
 
 A round: `--clients` readers ask for `--requests` completions each, one after another: random token ids in, `--output`
-tokens out, streamed, EOS ignored. No server tokenizes a prompt, and all compute the same number of tokens.
+tokens out, streamed, EOS ignored. No server tokenizes a prompt, and all compute the same number of tokens. Of several
+numbers of clients each has rounds and a table of its own.
 
 The client reads its sockets itself and looks into few of the events: it lives on the servers' cores, and the faster
 server would pay more for it.
@@ -12,6 +13,7 @@ server would pay more for it.
 import argparse
 import asyncio
 import json
+import math
 import random
 import statistics
 import time
@@ -24,6 +26,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from loadtest.stream import StreamError
+
+MIN_REQUESTS = 16  # in a round, whatever the number of clients: the median of two says little
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,12 @@ def served_model(url: str) -> str:
     return name
 
 
+def load_of(clients: int, args: argparse.Namespace) -> Load:
+    """A round of so many clients."""
+    requests = max(args.requests, math.ceil(MIN_REQUESTS / clients))
+    return Load(clients, requests, args.prompt, args.output, args.vocab_size)
+
+
 async def take_turns(urls: dict[str, str], load: Load, rounds: int) -> dict[str, list[Outcome]]:
     """So many rounds of each server, in an order that turns around, after a short one that does not count."""
     models = {name: served_model(url) for name, url in urls.items()}
@@ -156,7 +166,7 @@ def table(outcomes: dict[str, list[Outcome]]) -> str:
     for name, rounds in outcomes.items():
         rate, ttft = (statistics.median(values) for values in zip(*((r.rate, r.ttft) for r in rounds), strict=True))
         by = statistics.median(ours.rate / its.rate for ours, its in zip(outcomes[first], rounds, strict=True))
-        lines.append(f"| {name} | {rate:,.0f} | {ttft:.2f} s | {by:.2f} |")
+        lines.append(f"| {name} | {rate:,.0f} | {1000 * ttft:,.0f} ms | {by:.2f} |")
     return "\n".join(lines)
 
 
@@ -164,8 +174,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.versus", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("server", nargs="+", help="NAME=URL; the first is compared with the others")
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=2, help="of each client in a round")
+    parser.add_argument("--clients", type=int, nargs="+", default=[32])
+    parser.add_argument(
+        "--requests", type=int, default=2, help=f"of each client in a round; {MIN_REQUESTS} at least in all"
+    )
     parser.add_argument("--prompt", type=int, default=64, help="token ids of each prompt")
     parser.add_argument("--output", type=int, default=64, help="tokens of each completion")
     parser.add_argument("--vocab-size", type=int, default=49152, help="prompts are drawn from ids below it")
@@ -175,15 +187,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if bad := [server for server in args.server if "=http://" not in server]:
         parser.error(f"{bad[0]!r} is not NAME=http://HOST:PORT")
     urls = dict(server.split("=", 1) for server in args.server)
-    load = Load(args.clients, args.requests, args.prompt, args.output, args.vocab_size)
-    try:
-        outcomes = asyncio.run(take_turns(urls, load, args.rounds))
-    except (StreamError, OSError) as error:
-        parser.exit(1, f"versus: {error}\n")
-    print(table(outcomes))
+    seen = []
+    for clients in args.clients:
+        load = load_of(clients, args)
+        try:
+            outcomes = asyncio.run(take_turns(urls, load, args.rounds))
+        except (StreamError, OSError) as error:
+            parser.exit(1, f"versus: {error}\n")
+        print(f"{clients} client{'s' * (clients > 1)}\n\n{table(outcomes)}\n", flush=True)
+        rounds = {name: [asdict(outcome) for outcome in each] for name, each in outcomes.items()}
+        seen.append({"load": asdict(load), "rounds": rounds})
     if args.json:
-        rounds = {name: [asdict(outcome) for outcome in seen] for name, seen in outcomes.items()}
-        args.json.write_text(json.dumps({"load": asdict(load), "urls": urls, "rounds": rounds}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"urls": urls, "loads": seen}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -98,9 +99,27 @@ def test_the_table_compares_the_first_with_the_others_within_each_round():
     ours = [Outcome(1000.0, 0.2), Outcome(500.0, 0.5), Outcome(900.0, 0.3)]
     theirs = [Outcome(250.0, 2.0), Outcome(125.0, 3.0), Outcome(100.0, 4.0)]
     assert versus.table({"ours": ours, "theirs": theirs}).splitlines()[2:] == [
-        "| ours | 900 | 0.30 s | 1.00 |",
-        "| theirs | 125 | 3.00 s | 4.00 |",
+        "| ours | 900 | 300 ms | 1.00 |",
+        "| theirs | 125 | 3,000 ms | 4.00 |",
     ]
+
+
+async def several(urls: dict[str, str], load: Load, rounds: int) -> dict[str, list[Outcome]]:
+    """In place of `take_turns`: the rate is the number of completions."""
+    return {name: [Outcome(float(load.clients * load.requests), 0.1)] * rounds for name in urls}
+
+
+def test_each_number_of_clients_has_a_table_of_at_least_sixteen_completions_a_round(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    monkeypatch.setattr(versus, "take_turns", several)
+    versus.main(["a=http://x", "--clients", "1", "6", "32", "--rounds", "2", "--json", str(tmp_path / "seen.json")])
+    tables = [text.splitlines() for text in capsys.readouterr().out.strip().split("\n\n")]
+    assert [title for [title] in tables[::2]] == ["1 client", "6 clients", "32 clients"]
+    assert [rows[2] for rows in tables[1::2]] == [f"| a | {n} | 100 ms | 1.00 |" for n in (16, 18, 64)]
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert [each["load"]["requests"] for each in seen["loads"]] == [16, 3, 2]
+    assert [len(each["rounds"]["a"]) for each in seen["loads"]] == [2, 2, 2]
 
 
 def test_a_server_that_is_not_there_is_told_in_one_line(capsys: pytest.CaptureFixture[str]):
