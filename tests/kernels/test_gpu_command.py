@@ -1,13 +1,17 @@
 """`python -m model.bench gpu`, rehearsed without a GPU: the command itself and all of its parts."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from model.bench.gpu import apart
+from model.bench.gpu.apart import run_part
 from model.bench.gpu.command import PARTS
+from model.bench.gpu.results import read_rows
 
 pytestmark = pytest.mark.slow
 
@@ -56,3 +60,59 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path, monkeypatch):
     assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     assert ended.stderr.startswith("no CUDA device here")
     assert not (tmp_path / "none").exists()
+
+
+# Rows of every kind of trouble; the device is one that takes no more work once something has gone wrong.
+TROUBLED = """
+import os, sys, time, torch
+from pathlib import Path
+from model.bench.gpu.results import Results
+torch.cuda.is_initialized = lambda: True
+def synchronize(): raise RuntimeError("an illegal memory access was encountered")
+torch.cuda.synchronize = synchronize
+results = Results(Path(sys.argv[1]), keep_errors="--go-on" in sys.argv)
+for name in ("well", "crashes", "prints", "hangs", "breaks the device", "well, too"):
+    if results.missing([name]):
+        with results.row(name) as row:
+            if name == "crashes": os.abort()
+            if name == "prints": os.write(1, bytes(range(256))); os.write(2, b"]}" * 99)
+            if name == "hangs": time.sleep(1000)
+            if name == "breaks the device": synchronize()
+            row["us"] = 1.0
+"""
+
+
+def test_a_row_that_crashes_hangs_or_breaks_the_device_costs_that_row_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(apart, "ROW_SECONDS", 2.0)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    rows = tmp_path / "part.json"
+    assert run_part([sys.executable, "-c", TROUBLED, str(rows)], environment, rows, 100.0) == "done"
+    found = {row["name"]: row.get("error", row.get("us")) for row in read_rows(rows)}
+    assert found == {
+        "well": 1.0,
+        "crashes": "broke off with exit code -6",
+        "prints": 1.0,
+        "hangs": "hung for 2 s",
+        "breaks the device": "RuntimeError: an illegal memory access was encountered",
+        "well, too": 1.0,
+    }
+
+
+def test_what_breaks_outside_of_any_row_is_not_tried_again(tmp_path):
+    rows = tmp_path / "part.json"
+    code = f"open({str(tmp_path / 'tries')!r}, 'a').write('.'); raise SystemExit(7)"
+    assert run_part([sys.executable, "-c", code], os.environ, rows, 100.0) == "broke off with exit code 7"
+    assert (tmp_path / "tries").read_text() == "."
+
+
+def test_the_row_that_the_time_of_its_part_ends_in_is_told(tmp_path):
+    rows = tmp_path / "part.json"
+    code = f"""
+import time
+from pathlib import Path
+from model.bench.gpu.results import Results
+with Results(Path({str(rows)!r})).row("long"): time.sleep(1000)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert run_part([sys.executable, "-c", code], environment, rows, 6.0) == "cut off after 6 s"
+    assert read_rows(rows) == [{"name": "long", "error": "cut off after 6 s"}]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from model.attention.dense import DenseCausalAttention
-from model.bench.gpu import command, models, rival
+from model.bench.gpu import command, models, rival, workload
+from model.bench.gpu.apart import LEAST_SECONDS
 from model.bench.gpu.check import relative_error
 from model.bench.gpu.command import Part
 from model.bench.gpu.results import Results, read_rows
@@ -21,7 +22,15 @@ pytestmark = pytest.mark.fast
 
 
 def arguments(out: Path, **changes: object) -> Namespace:
-    given = {"out": out, "parts": None, "resume": False, "interpret": True, "only": None, "seconds": 100.0}
+    given = {
+        "out": out,
+        "parts": None,
+        "resume": False,
+        "interpret": True,
+        "only": None,
+        "seconds": 100.0,
+        "go_on": False,
+    }
     return Namespace(**given | changes)
 
 
@@ -30,7 +39,7 @@ def broken_parts(monkeypatch):
     """A part that breaks behind its first row, one that hangs there, and one that is well."""
     parts = {"breaks": Part("breaks", 60), "hangs": Part("hangs", 60), "well": Part("well", 60)}
     monkeypatch.setattr(command, "PARTS", parts)
-    endings = {"breaks": "exit 3", "hangs": "exec sleep 100", "well": "exit 0"}
+    endings = {"breaks": "exit 5", "hangs": "exec sleep 100", "well": "exit 0"}
 
     def popen(argv, **options):
         if "--only" not in argv:
@@ -42,22 +51,61 @@ def broken_parts(monkeypatch):
         return real(["bash", "-c", shell], **options)
 
     real = subprocess.Popen
-    monkeypatch.setattr(command.subprocess, "Popen", popen)
+    monkeypatch.setattr(subprocess, "Popen", popen)
 
 
 @pytest.mark.usefixtures("broken_parts")
 def test_a_part_that_breaks_or_hangs_leaves_its_rows_and_the_other_parts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(command.PARTS, "hangs", Part("hangs", command.LEAST_SECONDS))
+    monkeypatch.setitem(command.PARTS, "hangs", Part("hangs", LEAST_SECONDS))
     with pytest.raises(SystemExit) as ended:
         command.run(arguments(tmp_path))
     assert ended.value.code == 1
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert [(name, part["ended"], len(part["rows"])) for name, part in parts.items()] == [
-        ("breaks", "broke off with exit code 3", 1),
+        ("breaks", "broke off with exit code 5", 1),
         ("hangs", "cut off after 5 s", 1),
         ("well", "done", 1),
     ]
     assert "| well | us 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("broken_parts")
+def test_what_is_measured_so_far_is_summed_up_before_the_next_part_begins(tmp_path, monkeypatch):
+    seen = []
+    popen = subprocess.Popen
+
+    def look(argv, **options):
+        if "--only" in argv:
+            file = tmp_path / "gpu.json"
+            seen.append(list(json.loads(file.read_text())["parts"]) if file.exists() else [])
+        return popen(argv, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", look)
+    with pytest.raises(SystemExit):
+        command.run(arguments(tmp_path, parts=["well", "breaks"]))
+    assert seen == [[], ["well"]]
+
+
+@pytest.mark.parametrize("garbage", [b"\xff\x00 not JSON", b"{}[", b'{"name": 1}', b"[3]", b'[{"us": 1}]'])
+def test_a_file_of_rows_that_nobody_can_read_is_an_error_of_its_part(tmp_path, garbage):
+    (tmp_path / "part.json").write_bytes(garbage)
+    (row,) = read_rows(tmp_path / "part.json")
+    assert row["name"] == "part.json"
+    assert row["error"].startswith("is no list of rows: ")
+
+
+def test_a_part_that_breaks_outside_of_its_rows_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(workload, "run", lambda results, scale: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command.measure("workload", arguments(tmp_path))
+    rows = read_rows(tmp_path / "workload.json")
+    assert rows == [{"name": "the part itself", "error": "ZeroDivisionError: division by zero"}]
+
+
+def test_what_is_no_number_is_written_as_text(tmp_path):
+    Results(tmp_path / "part.json").add("row", error_found=float("inf"), rate=float("nan"))
+    assert "Infinity" not in (tmp_path / "part.json").read_text()
+    assert read_rows(tmp_path / "part.json") == [{"name": "row", "error_found": "inf", "rate": "nan"}]
 
 
 @pytest.mark.usefixtures("broken_parts")
@@ -85,6 +133,7 @@ def test_a_row_that_goes_wrong_is_told_and_measured_again_the_next_time(tmp_path
         row["us"] = 1 / 0
     again = Results(tmp_path / "part.json")
     assert again.missing(["good", "bad", "new"]) == ["bad", "new"]
+    assert Results(tmp_path / "part.json", keep_errors=True).missing(["good", "bad", "new"]) == ["new"]
     assert again.rows[1]["error"] == "ZeroDivisionError: division by zero"
     assert command.has_failed({"parts": {"part": {"ended": "done", "rows": again.rows}}})
     assert not command.has_failed({"parts": {"part": {"ended": "done", "rows": again.rows[:1]}}})

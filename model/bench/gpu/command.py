@@ -1,17 +1,15 @@
 """A GPU: every kernel checked and timed, whole models decoded and prefilled, and `transformers` beside them.
 
 On a machine with PyTorch, Triton and a CUDA device: `python -m model.bench gpu --all`. It takes under ten minutes,
-prints as it goes and writes JSON after every row. Each part runs in a process of its own with a time of its own: one
-that crashes or hangs leaves the others' results, and `--resume` measures only what is missing. Random weights: speed
-does not depend on what they say. `--interpret` rehearses all of it without a GPU, at tiny sizes, in Triton's
-interpreter: its checks of correctness count, its times mean nothing.
+prints as it goes and writes JSON after every row. Each part runs in a process of its own with a time of its own: a row
+that crashes, hangs or breaks the device leaves the others' results, and `--resume` measures only what is missing.
+Random weights: speed does not depend on what they say. `--interpret` rehearses all of it without a GPU, at tiny sizes,
+in Triton's interpreter: its checks of correctness count, its times mean nothing.
 """
 
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -22,11 +20,11 @@ from typing import Any
 import torch
 
 from model.bench import report
-from model.bench.gpu.results import Results, read_rows, shown
+from model.bench.gpu.apart import GO_ON, LEAST_SECONDS, run_part
+from model.bench.gpu.results import Results, read_rows, shown, told
 
 NO_DEVICE = 2  # exit code
 FAILED = 1
-LEAST_SECONDS = 5.0  # with less there is no use in starting a part
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="keep what is in the folder; measure what is missing")
     parser.add_argument("--interpret", action="store_true", help="rehearse without a GPU, at tiny sizes")
     parser.add_argument("--only", choices=PARTS, help=argparse.SUPPRESS)  # one part, in this process
+    parser.add_argument(GO_ON, action="store_true", help=argparse.SUPPRESS)  # it has been begun by another process
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,8 +78,10 @@ def run(args: argparse.Namespace) -> None:
         for name in names:
             rows_file(args.out, name).unlink(missing_ok=True)
     deadline = time.monotonic() + args.seconds
-    endings = {name: measure_apart(name, args, deadline - time.monotonic()) for name in names}
-    summary = summarize(args.out, endings, args)
+    endings: dict[str, str] = {}
+    for name in names:
+        endings[name] = measure_apart(name, args, deadline - time.monotonic())
+        summary = summarize(args.out, endings, args)  # after each part: nobody knows whether there is a next one
     print_summary(summary)
     sys.exit(FAILED if has_failed(summary) else 0)
 
@@ -97,11 +98,16 @@ def measure(name: str, args: argparse.Namespace) -> None:
     part = PARTS[name]
     module = import_module(f"model.bench.gpu.{part.module}")
     torch.manual_seed(time.time_ns() % 2**32)  # fresh inputs every time
-    module.run(Results(rows_file(args.out, name)), REHEARSAL if args.interpret else CARD, *part.arguments)
+    results = Results(rows_file(args.out, name), keep_errors=args.go_on)
+    try:
+        module.run(results, REHEARSAL if args.interpret else CARD, *part.arguments)
+    except Exception as error:
+        results.add("the part itself", error=told(error))
+        raise
 
 
 def measure_apart(name: str, args: argparse.Namespace, seconds_left: float) -> str:
-    """Run one part in a process of its own, and say how it ended: `done`, or why not."""
+    """Run one part in processes of its own, and say how it ended: `done`, or why not."""
     seconds = min(PARTS[name].seconds, seconds_left)
     if seconds < LEAST_SECONDS:
         return "not started: the time was up"
@@ -111,16 +117,7 @@ def measure_apart(name: str, args: argparse.Namespace, seconds_left: float) -> s
     if args.interpret:
         command.append("--interpret")
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        code = process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return f"cut off after {seconds:.0f} s"
-    finally:
-        if process.poll() is None:  # with all that it has started
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return "done" if code == 0 else f"broke off with exit code {code}"
+    return run_part(command, environment, rows_file(args.out, name), seconds)
 
 
 def summarize(out: Path, endings: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:
