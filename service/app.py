@@ -41,7 +41,8 @@ class AppArgs(Door):
     which they all together may need more than max_backlog_tokens.
     drain_seconds: how long a replica that is to go may still work on what it has; at least the longest generation, or
     streams are cut. One that has nothing left goes at once.
-    kv_cache_dtype, gpu_memory_utilization, overlap, cuda_graphs: as in `model.config.EngineConfig`.
+    max_num_batched_tokens, kv_cache_dtype, gpu_memory_utilization, overlap, cuda_graphs: see
+    `model.config.EngineConfig`.
     speculative_tokens: how far an engine guesses ahead; deterministic: the same bits whatever else runs, at a price.
     metrics_host: where each process exposes its metrics on a port of its own; vllm_metrics: under vLLM's names, too.
     """
@@ -57,6 +58,7 @@ class AppArgs(Door):
     device: Device = "auto"
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 512
     kv_cache_tokens: Annotated[int, Field(ge=1)] | None = None
     kv_cache_dtype: CacheDtype = "auto"
     gpu_memory_utilization: float | None = None
