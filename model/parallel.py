@@ -187,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     init_method = f"tcp://127.0.0.1:{free_port()}"
     # Whoever is refused says why in one line; that the others are ended with it is no news.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the others: it warns of hosts without a name
     try:
         spawn(_start, (args.world_size, init_method, args), nprocs=args.world_size)
     except ProcessExitedException as error:

@@ -30,16 +30,23 @@ class AttentionPlan:
         cls, block_size: int, starts: Sequence[int], counts: Sequence[int], tables: Sequence[Sequence[int]]
     ) -> "AttentionPlan":
         """For each sequence: its tokens that are cached already, its new tokens, and its block table."""
-        num_new = np.asarray(counts, dtype=np.int64)
         block_tables = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
         for row, table in zip(block_tables, tables, strict=True):
             row[: len(table)] = table
+        return cls.of(block_size, starts, counts, block_tables)
+
+    @classmethod
+    def of(
+        cls, block_size: int, starts: Sequence[int], counts: Sequence[int], block_tables: NDArray[np.int64]
+    ) -> "AttentionPlan":
+        """The same of tables that are laid out already, [num_seqs, max_blocks], padded with 0."""
+        num_new = np.asarray(counts, dtype=np.int64)
         query_start_loc = np.concatenate([[0], num_new.cumsum()])
         positions = token_positions(starts, query_start_loc)
-        sequence = np.repeat(np.arange(len(tables)), num_new)
+        sequence = np.repeat(np.arange(len(block_tables)), num_new)
         slots = block_tables[sequence, positions // block_size] * block_size + positions % block_size
         seq_lens = np.asarray(starts, dtype=np.int64) + num_new
-        num_decodes = int((num_new > 1).argmax()) if (num_new > 1).any() else len(tables)
+        num_decodes = int((num_new > 1).argmax()) if (num_new > 1).any() else len(block_tables)
         return cls(block_size, query_start_loc, seq_lens, block_tables, slots, num_decodes)
 
     @property

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,9 @@ from model.attention.inspect import Inspection
 from model.attention.plan import AttentionPlan, token_positions
 from model.engine.request import Request
 from model.engine.scheduled import ScheduledRequest, ScheduledStep
+from model.engine.tables import BlockTables
 from model.engine.transfer import Transfers
+from model.sampling.sampler import Asked, Sampler
 
 PlanArrays = Callable[[AttentionPlan], Sequence[NDArray[Any]]]
 
@@ -24,9 +26,11 @@ class Batch:
 
     token_ids, positions, prompt_lens: [num_tokens]; the last is how long the prompt of each token's request is.
     sample_rows: [num_samples]: the rows whose logits give tokens: of each sampling request the last ones.
-    sampling: the request of each sample; sample_positions: where the sampled token will stand; guesses: what the
-        request's next sample takes it to be, None for the last one.
-    sampler_rows, sampler_positions: [num_samples], on the device: each sample's row in the sampler, and its position.
+    sampling: the request of each sample; sampler_rows, sample_positions: [num_samples], on the host, its row in the
+        sampler and where the sampled token will stand; guesses: what the request's next sample takes it to be, None for
+        the last one.
+    asked: what each sample's request asks for, on the device; None where nothing is sampled there. is_plain: whether it
+        is, from the logits as the model gives them.
     plan_tensors: what the forward pass wants of the plan, on the device.
     host_arrays: token_ids, positions, prompt_lens and sample_rows once more, as they were on the host.
     inspection: None unless someone asks to see attention weights of this step.
@@ -35,16 +39,27 @@ class Batch:
     token_ids: Tensor
     positions: Tensor
     prompt_lens: Tensor
+    sample_rows: Tensor
     plan: AttentionPlan
     plan_tensors: Sequence[Tensor]
     host_arrays: Sequence[NDArray[np.int64]]
-    sample_rows: Tensor
     sampling: Sequence[Request]
-    sample_positions: Sequence[int]
+    sampler_rows: NDArray[np.int64]
+    sample_positions: NDArray[np.int64]
     guesses: Sequence[int | None]
-    sampler_rows: Tensor
-    sampler_positions: Tensor
+    asked: Asked | None
+    is_plain: bool
     inspection: Inspection | None
+
+
+class KeptRows(NamedTuple):
+    """What is kept of requests from step to step. rows: of the step's requests, each its own; sampler: None where the
+    device does not sample.
+    """
+
+    rows: Sequence[int]
+    tables: BlockTables
+    sampler: Sampler | None
 
 
 @dataclass(frozen=True)
@@ -61,67 +76,85 @@ def decodes_first(step: ScheduledStep) -> ScheduledStep:
 
 
 def stage(
-    step: ScheduledStep, block_size: int, transfers: Transfers, plan_arrays: PlanArrays, unread: Unread | None
+    step: ScheduledStep,
+    kept: KeptRows,
+    block_size: int,
+    transfers: Transfers,
+    plan_arrays: PlanArrays,
+    unread: Unread | None,
 ) -> Batch:
-    """Lay out a step, already with its decodes first. Its sampling requests have their rows in the sampler.
+    """Lay out a step, already with its decodes first.
 
     plan_arrays: what the forward pass wants of the plan. unread: of the step before, if it is still on its way.
     """
-    scheduled = step.requests
-    starts = [item.start for item in scheduled]
-    counts = [item.num_tokens for item in scheduled]
-    token_ids = np.fromiter(chain.from_iterable(_known_tokens(item) for item in scheduled), np.int64, sum(counts))
-    plan = AttentionPlan.build(block_size, starts, counts, [item.request.block_table for item in scheduled])
-    positions = token_positions(starts, plan.query_start_loc)
-    sample_rows = _sample_rows(scheduled, plan)
-    sampling = [item.request for item in scheduled for _ in range(item.num_samples)]
-    asked = {i: request.attention for i, request in enumerate(sampling) if request.attention is not None}
-    prompt_lens = np.repeat([item.request.num_prompt_tokens for item in scheduled], counts)
-    sample_positions = positions[sample_rows] + 1
-    sampler_rows = np.array([request.sampler_row for request in sampling], dtype=np.int64)
-    of_tokens, of_samples = (token_ids, positions, prompt_lens), (sample_rows, sampler_rows, sample_positions)
-    rows, places = _unread(scheduled, plan, unread)
-    sent = transfers.send([*of_tokens, *of_samples, rows, places, *plan_arrays(plan)])
+    requests, starts, counts, drafts, samples, _ = zip(*step.requests, strict=True)
+    block_tables = kept.tables.of(kept.rows, [request.block_table for request in requests])
+    plan = AttentionPlan.of(block_size, starts, counts, block_tables)
+    _, positions, _, sample_rows = of_tokens = _of_tokens(step, plan)
+    sampling = [request for request, count in zip(requests, samples, strict=True) for _ in range(count)]
+    sampler_rows, sample_positions = np.repeat(kept.rows, samples), positions[sample_rows] + 1
+    asked = kept.sampler.asked(sampler_rows, sample_positions) if kept.sampler is not None and sampling else []
+    of_plan = plan_arrays(plan)
+    sent = iter(transfers.send([*of_tokens, *_unread(requests, starts, plan, unread), *of_plan, *asked]))
+    token_ids_there, positions_there, prompt_lens_there, sample_rows_there, rows, places = islice(sent, 6)
     if unread is not None and len(rows):
-        sent[0][sent[6]] = unread.token_ids[sent[7]]
+        token_ids_there[rows] = unread.token_ids[places]
     return Batch(
-        token_ids=sent[0],
-        positions=sent[1],
-        prompt_lens=sent[2],
+        token_ids=token_ids_there,
+        positions=positions_there,
+        prompt_lens=prompt_lens_there,
+        sample_rows=sample_rows_there,
         plan=plan,
-        plan_tensors=sent[8:],
-        host_arrays=(*of_tokens, sample_rows),
-        sample_rows=sent[3],
+        plan_tensors=list(islice(sent, len(of_plan))),
+        host_arrays=of_tokens,
         sampling=sampling,
-        guesses=[guess for item in scheduled if item.num_samples for guess in (*item.draft_ids, None)],
-        sample_positions=sample_positions.tolist(),
-        sampler_rows=sent[4],
-        sampler_positions=sent[5],
-        inspection=Inspection(plan, sample_rows, asked) if asked else None,
+        sampler_rows=sampler_rows,
+        sample_positions=sample_positions,
+        guesses=[guess for ids, count in zip(drafts, samples, strict=True) if count for guess in (*ids, None)],
+        asked=Asked(*sent) if asked else None,
+        is_plain=kept.sampler is not None and kept.sampler.leaves_logits(sampler_rows),
+        inspection=_inspection(plan, sample_rows, sampling),
     )
 
 
-def _known_tokens(item: ScheduledRequest) -> Sequence[int]:
-    """The tokens that a request computes; 0 in the place of one that is still on its way."""
-    if item.is_unread:
-        return (0,)
-    known = item.request.token_ids[item.start : item.start + item.num_tokens]
-    return [*known, *item.draft_ids] if item.draft_ids else known
+def _of_tokens(step: ScheduledStep, plan: AttentionPlan) -> tuple[NDArray[np.int64], ...]:
+    """`token_ids`, `positions`, `prompt_lens` and `sample_rows` of the batch, on the host."""
+    requests, starts, counts, _, samples, _ = zip(*step.requests, strict=True)
+    token_ids = np.array(_known_tokens(step.requests, plan.num_decodes), dtype=np.int64)
+    prompt_lens = np.repeat([request.num_prompt_tokens for request in requests], counts)
+    return token_ids, token_positions(starts, plan.query_start_loc), prompt_lens, _sample_rows(samples, plan)
 
 
-def _sample_rows(scheduled: Sequence[ScheduledRequest], plan: AttentionPlan) -> NDArray[np.int64]:
+def _known_tokens(scheduled: Sequence[ScheduledRequest], num_decodes: int) -> list[int]:
+    """The tokens that a step computes; 0 in the place of one that is still on its way."""
+    decoding = [(item.request.token_ids, item.start) for item in scheduled[:num_decodes]]
+    known = [token_ids[start] if start < len(token_ids) else 0 for token_ids, start in decoding]
+    for request, start, num_tokens, draft_ids, *_ in scheduled[num_decodes:]:
+        known += request.token_ids[start : start + num_tokens]
+        known += draft_ids
+    return known
+
+
+def _inspection(plan: AttentionPlan, sample_rows: NDArray[np.int64], sampling: Sequence[Request]) -> Inspection | None:
+    asked = {index: request.attention for index, request in enumerate(sampling) if request.attention is not None}
+    return Inspection(plan, sample_rows, asked) if asked else None
+
+
+def _sample_rows(samples: Sequence[int], plan: AttentionPlan) -> NDArray[np.int64]:
     """Of each request that samples the last rows, one a sample."""
-    samples = np.array([item.num_samples for item in scheduled])
+    ends = np.cumsum(samples)
     # Row i of a request's samples lies so far before the end of its rows.
-    before_end = np.repeat(samples.cumsum(), samples) - np.arange(samples.sum())
+    before_end = np.repeat(ends, samples) - np.arange(ends[-1])
     rows: NDArray[np.int64] = np.repeat(plan.query_start_loc[1:], samples) - before_end
     return rows
 
 
 def _unread(
-    scheduled: Sequence[ScheduledRequest], plan: AttentionPlan, unread: Unread | None
+    requests: Sequence[Request], starts: Sequence[int], plan: AttentionPlan, unread: Unread | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The rows whose tokens are still on their way, and where each of them is in what the last step draws."""
-    pending = [index for index, item in enumerate(scheduled) if item.is_unread]
-    places = [unread.places[scheduled[index].request] for index in pending] if unread else []
+    if unread is None:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    pending = [index for index, start in enumerate(starts) if start >= requests[index].num_tokens]
+    places = [unread.places[requests[index]] for index in pending]
     return plan.query_start_loc[pending], np.array(places, dtype=np.int64)

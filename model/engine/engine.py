@@ -55,7 +55,8 @@ class Engine:
         self.device = weight.device
         model, kernels = decoder.config, choose_kernels(decoder, config)
         dtype, device = kernels.cache_dtype(decoder, config), weight.device
-        measured = device.type == "cuda" and config.kv_cache_tokens is None
+        # Also where the cache's size is given: the step that is measured compiles what a first request would wait for.
+        measured = device.type == "cuda" and group is None
         spare = spare_bytes(decoder, config, kernels, CudaMemory(device)) if measured else None
         self.max_model_len, num_blocks = size_cache(model, config, dtype, device, spare)
         self.scheduler = Scheduler(config, num_blocks, model.eos_token_ids, model.longest_sharing_prompt)

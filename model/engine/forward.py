@@ -22,6 +22,7 @@ from model.engine.graphs import DecodeGraphs, Inputs, Outputs, capture_for
 from model.errors import ConfigError
 from model.kernels.cpu.step import NativeStep, why_not
 from model.layers import Int8Linear, replace_linears
+from model.sampling.sampler import Early
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +30,13 @@ FIRST_WITH_FP8 = (8, 9)  # of CUDA's compute capabilities
 
 
 class Forwarded(NamedTuple):
-    """hidden: final states of the step's tokens, [num_tokens, hidden_size]; logits: [num_samples, vocab_size].
-
-    likeliest: for each row of the logits where its largest stands, and what that is (NaN if one of the row is), where
-        the forward pass finds them by the way.
-    All may lie in memory that the next step overwrites.
+    """hidden: final states of the step's tokens, [num_tokens, hidden_size]; logits: [num_samples, vocab_size]; early:
+    what the forward pass has found out about them by the way. All may lie in memory that the next step overwrites.
     """
 
     hidden: Tensor
     logits: Tensor
-    likeliest: tuple[Tensor, Tensor] | None = None
+    early: Early = Early()
 
 
 class Forward(Protocol):
@@ -130,7 +128,7 @@ class NativeForward:
         if inspection is not None and queries is not None:
             for layer in inspection.layers:
                 inspection.keep(self._scores[layer], queries[layer, inspection.samples, :, : self.config.head_dim])
-        return Forwarded(stepped.hidden, stepped.logits, (stepped.likeliest, stepped.largest))
+        return Forwarded(stepped.hidden, stepped.logits, Early(likeliest=(stepped.likeliest, stepped.largest)))
 
 
 class TritonForward:
@@ -179,13 +177,15 @@ class TritonForward:
         """See `Forward`."""
         paged = self._step.paged(batch.plan, batch.plan_tensors)
         if self._graphs is not None and self._graphs.fits(batch):
-            return Forwarded(*self._graphs.replay(batch, paged.slots, paged.lens, paged.tables))
+            hidden, logits, *drawn = self._graphs.replay(batch, paged.slots, paged.lens, paged.tables)
+            return Forwarded(hidden, logits, Early(drawn=(drawn[0], drawn[1])))
         hidden = self._step.forward(batch.token_ids, batch.positions, batch.prompt_lens, paged, batch.inspection)
         return Forwarded(hidden, self.logits(hidden[batch.sample_rows]))
 
     def _capture(self, decoder: Decoder, config: EngineConfig, pool: KVPool) -> DecodeGraphs | None:
         """Graphs of this decoder's decode steps, where that is possible and asked for."""
         from model.kernels.gpu.step import why_not_captured
+        from model.kernels.sampling import sample
 
         model, device, dtype = decoder.config, pool.keys.device, decoder.embedding.dtype
         capture = None if config.cuda_graphs is False else capture_for(device)
@@ -199,7 +199,7 @@ class TritonForward:
         rows = config.max_num_seqs
         longest = min(config.max_model_len or model.max_position_embeddings, pool.num_tokens)
         inputs = Inputs(rows, -(-longest // config.block_size), device)
-        outputs = Outputs(rows, model.hidden_size, model.vocab_size, dtype, device)
+        outputs = Outputs.of(rows, model.hidden_size, model.vocab_size, dtype, device)
         nothing = torch.zeros(0, 2, dtype=torch.int32, device=device)
 
         @torch.inference_mode()
@@ -208,8 +208,10 @@ class TritonForward:
             paged = self._step.decodes(size, longest, *own, nothing)
             positions = inputs.positions[:size]
             hidden = self._step.forward(inputs.token_ids[:size], positions, positions, paged)
-            outputs.hidden[:size].copy_(hidden)
-            outputs.logits[:size].copy_(self.logits(hidden))
+            logits = self.logits(hidden)
+            ids, usable = sample(logits, *(parameter[:size] for parameter in inputs.sampling))
+            for kept, computed in zip(outputs, (hidden, logits, ids, usable), strict=True):
+                kept[:size].copy_(computed)
 
         return DecodeGraphs(inputs, outputs, rows, run, capture)
 

@@ -8,7 +8,7 @@ the graphs read, and rows between its size and the bucket's are padding, which s
 import logging
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,13 +19,15 @@ from model.engine.batch import Batch
 logger = logging.getLogger(__name__)
 
 SPLIT = 256  # of a sequence, for the partial results of its attention (`model.attention.triton_decode`)
+WORKSPACE_BYTES = 64 << 20  # cuBLAS' own, of the stream that graphs are captured on
 NO_SLOT = -1  # the key and value of a padding row are stored nowhere
 
 
 class Inputs:
     """Where the graphs read. All of the largest bucket's size; a graph reads the first rows.
 
-    token_ids, positions, slots: [rows]; lens: [rows] int32, 0 for padding; tables: [rows, max_blocks] int32.
+    token_ids, positions, slots: [rows]; lens: [rows] int32, 0 for padding; tables: [rows, max_blocks] int32; sampling:
+    [rows] each, what the sampling kernel takes beside the logits.
     """
 
     def __init__(self, rows: int, max_blocks: int, device: torch.device) -> None:
@@ -33,6 +35,8 @@ class Inputs:
         self.slots = torch.full((rows,), NO_SLOT, dtype=torch.int64, device=device)
         self.lens = torch.zeros(rows, dtype=torch.int32, device=device)
         self.tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=device)
+        dtypes = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.int64)
+        self.sampling = [torch.zeros(rows, dtype=dtype, device=device) for dtype in dtypes]
 
     def fill(self, rows: int, batch: Batch, slots: Tensor, lens: Tensor, tables: Tensor) -> None:
         """A step's inputs into the first rows; the rest, up to `rows`, is padding."""
@@ -45,16 +49,32 @@ class Inputs:
         # A padding row's token and position are those of some earlier step: any will do.
         self.slots[size:rows].fill_(NO_SLOT)
         self.lens[size:rows].zero_()
+        if batch.is_plain and batch.asked is not None:
+            for parameter, asked in zip(self.sampling, batch.asked, strict=False):
+                parameter[:size].copy_(asked)
+        # Padding, and steps that are sampled later from other logits, are drawn from the cheapest way: greedily.
+        self.sampling[0][size if batch.is_plain else 0 : rows].zero_()
 
 
-class Outputs:
-    """Where the graphs write: hidden: [rows, hidden_size]; logits: [rows, vocab_size]. One for all: the next step
-    overwrites them.
+class Outputs(NamedTuple):
+    """Where the graphs write: hidden: [rows, hidden_size]; logits: [rows, vocab_size]; token_ids, usable: [rows], what
+    was drawn from these, and where they were numbers. One for all: the next step overwrites them.
     """
 
-    def __init__(self, rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.hidden = torch.empty(rows, hidden_size, dtype=dtype, device=device)
-        self.logits = torch.empty(rows, vocab_size, dtype=dtype, device=device)
+    hidden: Tensor
+    logits: Tensor
+    token_ids: Tensor
+    usable: Tensor
+
+    @classmethod
+    def of(cls, rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> "Outputs":
+        """For up to `rows` sequences."""
+        return cls(
+            torch.empty(rows, hidden_size, dtype=dtype, device=device),
+            torch.empty(rows, vocab_size, dtype=dtype, device=device),
+            torch.empty(rows, dtype=torch.int64, device=device),
+            torch.empty(rows, dtype=torch.bool, device=device),
+        )
 
 
 class Capture(Protocol):
@@ -66,22 +86,26 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """Captures CUDA graphs that share one memory pool: they never run at the same time."""
+    """Captures CUDA graphs that share one memory pool: they never run at the same time.
+
+    All of them on one stream: the pool's memory is reused on the stream that has used it, and cuBLAS keeps 32 MiB of
+    workspace for each stream that it has seen, for ever (pytorch issue 99196).
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         """See `Capture`."""
-        aside = torch.cuda.Stream(self._device)
-        aside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(aside):  # once outside of the graph: kernels are compiled and libraries set up here
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):  # once outside of the graph: kernels are compiled, libraries set up here
             run()
-        torch.cuda.current_stream(self._device).wait_stream(aside)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # What other threads of the process do meanwhile, an exporter or a watchdog, does not spoil the capture.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             run()
         return graph.replay
 
@@ -99,11 +123,15 @@ def buckets(largest: int) -> list[int]:
 
 def reserved_bytes(model: ModelConfig, rows: int, longest: int, block_size: int, itemsize: int) -> int:
     """At most what the graphs of up to `rows` sequences of up to `longest` tokens keep for themselves."""
-    splits = -(-longest // SPLIT)
-    partial = rows * model.num_heads * splits * (model.head_dim + 1) * 4  # of attention, in fp32
+    partial = partial_bytes(model, rows, longest)
     wide = 3 * model.intermediate_size + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
     kept = 8 * model.hidden_size + wide + 2 * model.vocab_size  # a layer's activations; logits, computed and kept
-    return partial + rows * (kept * itemsize + 4 * -(-longest // block_size) + 32)
+    return WORKSPACE_BYTES + partial + rows * (kept * itemsize + 4 * -(-longest // block_size) + 80)
+
+
+def partial_bytes(model: ModelConfig, rows: int, longest: int) -> int:
+    """The partial results of attention over `rows` decoding sequences, the longest of so many tokens, in fp32."""
+    return rows * model.num_heads * -(-longest // SPLIT) * (model.head_dim + 1) * 4
 
 
 class DecodeGraphs:
@@ -132,10 +160,12 @@ class DecodeGraphs:
         decodes = batch.plan.num_decodes == size == len(batch.sample_rows)
         return decodes and batch.inspection is None and size <= self.buckets[-1]
 
-    def replay(self, batch: Batch, slots: Tensor, lens: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute a step that fits: its hidden states and logits, [num_seqs, ...] each."""
+    def replay(self, batch: Batch, slots: Tensor, lens: Tensor, tables: Tensor) -> Outputs:
+        """Compute a step that fits: what `Outputs` holds, [num_seqs, ...] each. Where the step is plain, its tokens are
+        those that were asked for.
+        """
         size = batch.plan.num_seqs
         bucket = next(bucket for bucket in self.buckets if bucket >= size)
         self.inputs.fill(bucket, batch, slots, lens, tables)
         self._replays[bucket]()
-        return self.outputs.hidden[:size], self.outputs.logits[:size]
+        return Outputs(*(kept[:size] for kept in self.outputs))

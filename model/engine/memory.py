@@ -89,6 +89,11 @@ def size_cache(
         num_bytes = _memory_for_cache(config, device) if spare is None else spare
         affordable = num_bytes // bytes_per_token(model, dtype)
         tokens = min(affordable, config.max_num_seqs * (config.max_model_len or model.max_position_embeddings))
+    elif spare is not None and (taken := tokens * bytes_per_token(model, dtype)) > spare:
+        raise ConfigError(
+            f"a cache of {tokens} tokens takes {gib(taken)}, and {gib(spare)} are left for it: "
+            f"lower kv_cache_tokens to at most {spare // bytes_per_token(model, dtype)}"
+        )
     num_blocks = tokens // config.block_size
     capacity = num_blocks * config.block_size
     if capacity == 0:

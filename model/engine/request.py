@@ -102,7 +102,7 @@ class Request:
         "priority",
         "prompt_logprobs",
         "request_id",
-        "sampler_row",
+        "row",
         "token_ids",
     )
 
@@ -149,7 +149,7 @@ class Request:
         self.draft_credit = 0
         self.draft_index: dict[tuple[int, ...], int] = {}
         # Kept by the runner:
-        self.sampler_row: int | None = None
+        self.row: int | None = None
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
 
     @property

@@ -7,10 +7,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from model.engine.batch import Batch, Unread, stage
+from model.engine.batch import Batch, KeptRows, Unread, stage
 from model.engine.forward import Forward, Forwarded
 from model.engine.request import Request
 from model.engine.scheduled import ScheduledStep
+from model.engine.tables import BlockTables
 from model.engine.transfer import Transfers
 from model.sampling.logprobs import token_logprobs
 from model.sampling.result import NOTHING, Sampled
@@ -35,32 +36,32 @@ class Flight:
 
 
 class Runner:
-    """What computes a decoder's forward pass, and the sampler's rows of those who run."""
+    """What computes a decoder's forward pass, and what is kept of those who run: a row each, in the sampler and among
+    the block tables.
+    """
 
     def __init__(self, compute: Forward, transfers: Transfers) -> None:
         self.compute = compute
         self.transfers = transfers
         config = compute.config
         self.sampler = Sampler(config.vocab_size, config.eos_token_ids, compute.pool.keys.device)
+        self._tables = BlockTables()
 
     def forget(self, departed: Iterable[Request]) -> None:
-        """Free the sampler's rows of requests that are not running any more."""
+        """Free the rows of requests that are not running any more."""
         for request in departed:
-            if request.sampler_row is not None:
-                self.sampler.detach(request.sampler_row)
-                request.sampler_row = None
+            if request.row is not None:
+                self.sampler.detach(request.row)
+                self._tables.clear(request.row)
+                request.row = None
 
     @torch.inference_mode()
     def stage(self, step: ScheduledStep, block_size: int, before: Flight | None) -> Batch:
         """Lay out a step on the device. before: the step that is still on its way, if one is."""
-        for scheduled in step.requests:
-            request = scheduled.request
-            if scheduled.num_samples and request.sampler_row is None:
-                request.sampler_row = self.sampler.attach(
-                    request.params, request.token_ids, request.num_prompt_tokens, request.grammar
-                )
+        rows = [self._row_of(scheduled.request) for scheduled in step.requests]
+        kept = KeptRows(rows, self._tables, self.sampler if self.compute.samples_on_device else None)
         unread = None if before is None else before.unread
-        return stage(step, block_size, self.transfers, self.compute.plan_arrays, unread)
+        return stage(step, kept, block_size, self.transfers, self.compute.plan_arrays, unread)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Forwarded:
@@ -73,10 +74,8 @@ class Runner:
         self._score_prompts(step, forwarded.hidden)
         if not batch.sampling:
             return Flight(step, batch)
-        rows = [request.sampler_row for request in batch.sampling if request.sampler_row is not None]
-        keys = (batch.sampler_rows, batch.sampler_positions) if self.compute.samples_on_device else None
-        positions, guesses = batch.sample_positions, batch.guesses
-        drawn = self.sampler.draw(forwarded.logits, rows, positions, guesses, forwarded.likeliest, keys)
+        rows, positions, guesses = batch.sampler_rows, batch.sample_positions, batch.guesses
+        drawn = self.sampler.draw(forwarded.logits, rows, positions, guesses, forwarded.early, batch.asked)
         return Flight(step, batch, drawn, self.transfers.fetch(drawn.told))
 
     @torch.inference_mode()
@@ -87,6 +86,12 @@ class Runner:
         sampled = self.sampler.tell(flight.drawn, flight.told().tolist())
         inspection = flight.batch.inspection
         return sampled if inspection is None else sampled._replace(attention=inspection.weights(self.compute.pool))
+
+    def _row_of(self, request: Request) -> int:
+        if request.row is None:
+            params, prompt = request.params, request.num_prompt_tokens
+            request.row = self.sampler.attach(params, request.token_ids, prompt, request.grammar)
+        return request.row
 
     def _score_prompts(self, step: ScheduledStep, hidden: Tensor) -> None:
         first = 0

@@ -12,7 +12,7 @@ import torch
 from model.config import EngineConfig, ModelConfig
 from model.decoder import Decoder
 from model.engine.forward import Forward, TritonForward
-from model.engine.graphs import reserved_bytes
+from model.engine.graphs import partial_bytes, reserved_bytes
 from model.engine.memory import gib, gpu_share
 from model.engine.request import Request
 from model.engine.runner import Runner
@@ -88,9 +88,11 @@ def spare_bytes(decoder: Decoder, config: EngineConfig, make: MakeForward, memor
     model, dtype = decoder.config, decoder.embedding.dtype
     peak = step_peak(decoder, config, make, memory)
     graphs = 0
-    if config.cuda_graphs is not False and make is TritonForward:
+    if make is TritonForward:
         longest = config.max_model_len or model.max_position_embeddings
-        graphs = reserved_bytes(model, config.max_num_seqs, longest, config.block_size, dtype.itemsize)
+        peak += partial_bytes(model, config.max_num_seqs, longest)  # of decodes beside a prompt, which no graph holds
+        if config.cuda_graphs is not False:
+            graphs = reserved_bytes(model, config.max_num_seqs, longest, config.block_size, dtype.itemsize)
     used = memory.used()
     share = gpu_share(config)
     spare = int(share * memory.total) - used - peak - graphs

@@ -8,8 +8,6 @@ A bar below which tokens are out is found by halving the range of logits, as ord
 pass only counts, or adds up, what lies above. A row that asks for neither top-k nor top-p takes no such pass.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -18,16 +16,6 @@ from torch import Tensor
 BLOCK = 256  # of ids: sums are of one block in fp32, then over blocks in fp64
 BLOCKS = 16  # at a time
 FAR = tl.constexpr(104.0)  # so far below the largest logit a weight is zero in fp32
-
-
-class SamplingRows(NamedTuple):
-    """What requests ask for, on the device, a row each: temperature, top_p, min_p in fp32; top_k, seed in int64."""
-
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    seed: Tensor
 
 
 @triton.jit
@@ -110,13 +98,12 @@ def _draw(
 
 @triton.jit
 def _sample(
-    logits_ptr, rows_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr,
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, positions_ptr,
     ids_ptr, usable_ptr, stride, vocab_size, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One row of logits, by the parameters of its request's row."""
-    index = tl.program_id(0)
-    logits_ptr += index.to(tl.int64) * stride
-    row = tl.load(rows_ptr + index)
+    """One row of logits, by what its request asks for."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
     largest, chosen = float("-inf"), row * 0
     strange = 0
     for first in range(0, vocab_size, BLOCK * BLOCKS):
@@ -140,24 +127,26 @@ def _sample(
             kept = _above(logits_ptr, vocab_size, temperature, largest, bar - 1, False, BLOCK, BLOCKS)
             limit = top_p * kept
             bar = _lowest_kept(logits_ptr, vocab_size, temperature, largest, bar, limit, False, BLOCK, BLOCKS)
-        seed, position = tl.load(seed_ptr + row).to(tl.uint64), tl.load(positions_ptr + index).to(tl.uint64)
+        seed, position = tl.load(seed_ptr + row).to(tl.uint64), tl.load(positions_ptr + row).to(tl.uint64)
         # 48 bits, as in `keyed_uniforms`.
         uniform = (_mixed(_mixed(seed) + position) >> 16).to(tl.float64) * 3.552713678800501e-15
         chosen = _draw(logits_ptr, vocab_size, temperature, largest, bar, uniform, BLOCK, BLOCKS)
-    tl.store(ids_ptr + index, chosen)
-    tl.store(usable_ptr + index, usable)
+    tl.store(ids_ptr + row, chosen)
+    tl.store(usable_ptr + row, usable)
 
 
-def sample(logits: Tensor, table: SamplingRows, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
     """Token ids, and whether the row was one of numbers, not all of them -inf: both [n].
 
-    logits: [n, vocab_size], -inf where a token is out; table: what requests ask for; rows: [n], whose row each is;
-    positions: [n], where the sampled token will stand.
+    logits: [n, vocab_size], -inf where a token is out; the others: [n], what each row's request asks for, and where its
+    token will stand; temperature, top_p and min_p in fp32, the rest in int64.
     """
     ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     usable = torch.empty(len(logits), dtype=torch.bool, device=logits.device)
     _sample[(len(logits),)](
-        logits, rows, positions, table.temperature, table.top_k, table.top_p, table.min_p, table.seed, ids, usable,
+        logits, temperature, top_k, top_p, min_p, seed, position, ids, usable,
         logits.stride(0), logits.shape[1], BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=8,
     )  # fmt: skip
     return ids, usable

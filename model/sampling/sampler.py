@@ -4,8 +4,8 @@ What a request asks for is written into its row once, when it joins; a step pick
 stages: bias, bans and penalties, temperature, min-p, top-k, top-p, draw. A stage that no row asks for is not run.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from model.sampling.logprobs import token_logprobs
 from model.sampling.params import SamplingParams
 from model.sampling.penalties import Penalties
 from model.sampling.result import Sampled, TokenLogprobs
-
-if TYPE_CHECKING:
-    from model.kernels.sampling import SamplingRows
 
 _MASK_64 = (1 << 64) - 1
 
@@ -40,6 +37,53 @@ _ROW = np.dtype(
 )
 NO_ROW = -1
 SPOILED = -1
+
+
+class Asked(NamedTuple):
+    """What the requests of a step's samples ask for, on the device.
+
+    temperature, top_p, min_p: [n] fp32; top_k, seed, position: [n] int64, the last is where the token will stand.
+    penalized: [m], which samples are; penalties: [m], their rows in `Penalties`.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+    position: Tensor
+    penalized: Tensor
+    penalties: Tensor
+
+
+class Adjustment(NamedTuple):
+    """What one request's logits are changed by, on the device.
+
+    biased, biases: [k], token ids and what is added to their logits; ends: ids that end the completion.
+    """
+
+    biased: Tensor
+    biases: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, bias: Mapping[int, float], ends: Collection[int], device: torch.device) -> "Adjustment":
+        """Of a request, once: copies to the device in every step would wait for all that was launched."""
+        biases = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
+        biased, ending = (torch.tensor(list(ids), dtype=torch.int64, device=device) for ids in (bias, ends))
+        return cls(biased, biases, ending)
+
+
+class Early(NamedTuple):
+    """What the forward pass has found out about its logits by the way.
+
+    likeliest: for each row where the largest stands, and what that is: NaN if one of the row is. For 32 rows of a
+        vocabulary of 49,152 it saves 1 ms.
+    drawn: what was drawn as it is asked for, but from the logits as they are; and which rows are of numbers. [n] each.
+    """
+
+    likeliest: tuple[Tensor, Tensor] | None = None
+    drawn: tuple[Tensor, Tensor] | None = None
 
 
 class Drawn(NamedTuple):
@@ -65,11 +109,10 @@ class Sampler:
         self._device = device
         self._eos_token_ids = tuple(eos_token_ids)
         self._rows = np.zeros(0, dtype=_ROW)
-        self._params: list[SamplingParams] = []
+        self._adjustments: dict[int, Adjustment] = {}  # by row
         self._free: list[int] = []
         self._penalties = Penalties(vocab_size, device)
         self._constraints = Constraints()
-        self._table: SamplingRows | None = None  # of `_rows`, on the device; None where they have changed since
 
     def attach(
         self,
@@ -82,7 +125,9 @@ class Sampler:
         if not self._free:
             self._grow()
         row = self._free.pop()
-        self._params[row] = params
+        if params.logit_bias or params.min_tokens:
+            ends = {*self._eos_token_ids, *params.stop_token_ids}
+            self._adjustments[row] = Adjustment.of(params.logit_bias, ends, self._device)
         self._rows[row] = (
             params.temperature,
             params.top_k,
@@ -94,7 +139,6 @@ class Sampler:
             bool(params.logit_bias or params.min_tokens),
             NO_ROW if params.logprobs is None else params.logprobs,
         )
-        self._table = None
         if grammar is not None:
             self._constraints.attach(row, grammar, token_ids[num_prompt_tokens:])
         return row
@@ -104,7 +148,21 @@ class Sampler:
         if (penalized := int(self._rows["penalties"][row])) != NO_ROW:
             self._penalties.detach(penalized)
         self._constraints.detach(row)
+        self._adjustments.pop(row, None)
         self._free.append(row)
+
+    def asked(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> list[NDArray[Any]]:
+        """The fields of `Asked`, on the host. rows: whose sample each is."""
+        wanted = self._rows[rows]
+        penalized = (wanted["penalties"] != NO_ROW).nonzero()[0]
+        parameters = [wanted[name].copy() for name in ("temperature", "top_k", "top_p", "min_p")]
+        return [*parameters, wanted["seed"].astype(np.int64), positions, penalized, wanted["penalties"][penalized]]
+
+    def leaves_logits(self, rows: NDArray[np.int64]) -> bool:
+        """Whether none of these rows asks for another distribution than the model's: bias, bans, penalties, grammar."""
+        wanted = self._rows[rows]
+        changed = wanted["adjusts"].any() or (wanted["penalties"] != NO_ROW).any()
+        return not changed and not self._constraints.rows(rows.tolist())
 
     def sample(
         self,
@@ -112,43 +170,44 @@ class Sampler:
         rows: Sequence[int],
         positions: Sequence[int],
         guesses: Sequence[int | None],
-        likeliest: tuple[Tensor, Tensor] | None = None,
+        early: Early = Early(),  # noqa: B008
     ) -> Sampled:
         """Draw, and tell at once what was drawn: see `draw`."""
-        drawn = self.draw(logits, rows, positions, guesses, likeliest)
+        drawn = self.draw(logits, np.asarray(rows), np.asarray(positions), guesses, early)
         return self.tell(drawn, drawn.told.tolist())
 
     def draw(
         self,
         logits: Tensor,
-        rows: Sequence[int],
-        positions: Sequence[int],
+        rows: NDArray[np.int64],
+        positions: NDArray[np.int64],
         guesses: Sequence[int | None],
-        likeliest: tuple[Tensor, Tensor] | None = None,
-        keys: tuple[Tensor, Tensor] | None = None,
+        early: Early,
+        asked: Asked | None = None,
     ) -> Drawn:
         """logits: [n, vocab_size]; for each its request's row, the position of the token to be sampled, and the guess
         that the next of the request's samples stands behind (None for its last).
 
-        likeliest: the ids and values of the largest logits, [n] each, where they are known already: for 32 rows of a
-            vocabulary of 49,152 it saves 1 ms.
-        keys: rows and positions on the device, where our kernel is to sample there.
+        asked: `asked` of them on the device, where our kernel is to sample there.
         A request that is penalized has one sample in a step; others may have several, at positions in a row. Where
-        nobody asks for more than temperature, top-k, top-p and min-p, the host waits for nothing.
+        nobody asks for more than temperature, top-k, top-p, min-p and penalties, the host waits for nothing.
         """
-        index = np.asarray(rows)
-        at = np.asarray(positions)
-        wanted = self._rows[index]
-        adjusted = self._adjust(logits, index, at, wanted)
-        constrained = self._constraints.rows(rows)
+        wanted = self._rows[rows]
+        adjusted = self._adjust(logits, rows, positions, wanted, asked)
+        constrained = self._constraints.rows(rows.tolist())
         if constrained:
-            adjusted = self._constraints.mask(adjusted, constrained, rows, guesses)
-        if keys is None:
-            chosen, usable = self._choose(adjusted, at, wanted, likeliest if adjusted is logits else None)
+            adjusted = self._constraints.mask(adjusted, constrained, rows.tolist(), guesses)
+        if early.drawn is not None and adjusted is logits:
+            chosen, usable = early.drawn
+        elif asked is not None:
+            from model.kernels.sampling import sample  # there is no Triton where there is no GPU
+
+            chosen, usable = sample(adjusted, *asked[:6])
         else:
-            chosen, usable = self._choose_on_device(adjusted, *keys)
-        self._observe(chosen, wanted)
-        return Drawn(chosen, torch.where(usable, chosen, SPOILED), logits, wanted, rows, guesses, constrained)
+            likeliest = early.likeliest if adjusted is logits else None
+            chosen, usable = self._choose(adjusted, positions, wanted, likeliest)
+        self._observe(chosen, wanted, asked)
+        return Drawn(chosen, torch.where(usable, chosen, SPOILED), logits, wanted, rows.tolist(), guesses, constrained)
 
     def tell(self, drawn: Drawn, token_ids: Sequence[int]) -> Sampled:
         """What was drawn, as the host sees it. token_ids: `drawn.told`, once it has come to the host."""
@@ -158,7 +217,12 @@ class Sampler:
         return Sampled(told, self._logprobs(drawn.logits, drawn.token_ids, drawn.wanted))
 
     def _adjust(
-        self, logits: Tensor, index: NDArray[np.int64], at: NDArray[np.int64], wanted: NDArray[np.void]
+        self,
+        logits: Tensor,
+        index: NDArray[np.int64],
+        at: NDArray[np.int64],
+        wanted: NDArray[np.void],
+        asked: Asked | None,
     ) -> Tensor:
         """Bias, bans of `min_tokens`, penalties. The logits themselves are left as the model gave them."""
         adjusts, penalized = wanted["adjusts"].nonzero()[0], wanted["penalties"] != NO_ROW
@@ -166,15 +230,12 @@ class Sampler:
             return logits
         logits = logits.float().clone()
         for i in adjusts:
-            params = self._params[index[i]]
-            if params.logit_bias:
-                ids = torch.tensor(list(params.logit_bias), device=self._device)
-                logits[i, ids] += torch.tensor(list(params.logit_bias.values()), device=self._device)
+            adjustment = self._adjustments[index[i]]
+            logits[i].index_add_(0, adjustment.biased, adjustment.biases)
             if at[i] < wanted["min_position"][i]:
-                logits[i, list({*self._eos_token_ids, *params.stop_token_ids})] = -torch.inf
+                logits[i].index_fill_(0, adjustment.ends, -torch.inf)
         if penalized.any():
-            which = torch.from_numpy(penalized.nonzero()[0]).to(self._device)
-            rows = torch.from_numpy(wanted["penalties"][penalized]).to(self._device)
+            which, rows = self._penalized(wanted, asked)
             logits[which] = self._penalties.apply(logits[which], rows)
         return logits
 
@@ -196,16 +257,6 @@ class Sampler:
         ids[which], usable[which] = self._draw(logits[which], at[drawing], wanted[drawing])
         return ids, usable
 
-    def _choose_on_device(self, logits: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The same by our kernel."""
-        from model.kernels.sampling import SamplingRows, sample  # there is no Triton where there is no GPU
-
-        if self._table is None:
-            seeds = self._rows["seed"].view(np.int64)
-            columns = (*(self._rows[name] for name in ("temperature", "top_k", "top_p", "min_p")), seeds)
-            self._table = SamplingRows(*map(self._to_device, columns))
-        return sample(logits, self._table, rows, positions)
-
     def _draw(self, logits: Tensor, at: NDArray[np.int64], wanted: NDArray[np.void]) -> tuple[Tensor, Tensor]:
         scaled = logits.to(torch.float32, copy=True).div_(self._to_device(wanted["temperature"])[:, None])
         if wanted["min_p"].any():
@@ -214,11 +265,17 @@ class Sampler:
             scaled = truncate(scaled, self._to_device(wanted["top_k"]), self._to_device(wanted["top_p"]))
         return draw(scaled, self._to_device(keyed_uniforms(wanted["seed"], at.astype(np.uint64))))
 
-    def _observe(self, token_ids: Tensor, wanted: NDArray[np.void]) -> None:
-        penalized = wanted["penalties"] != NO_ROW
-        if penalized.any():
-            rows = self._to_device(wanted["penalties"][penalized])
-            self._penalties.observe(rows, token_ids[self._to_device(penalized.nonzero()[0])])
+    def _observe(self, token_ids: Tensor, wanted: NDArray[np.void], asked: Asked | None) -> None:
+        if (wanted["penalties"] != NO_ROW).any():
+            which, rows = self._penalized(wanted, asked)
+            self._penalties.observe(rows, token_ids[which])
+
+    def _penalized(self, wanted: NDArray[np.void], asked: Asked | None) -> tuple[Tensor, Tensor]:
+        """Which samples are penalized, and their rows in `Penalties`, on the device."""
+        if asked is not None:
+            return asked.penalized, asked.penalties
+        penalized = (wanted["penalties"] != NO_ROW).nonzero()[0]
+        return self._to_device(penalized), self._to_device(wanted["penalties"][penalized])
 
     def _logprobs(
         self, logits: Tensor, token_ids: Tensor, wanted: NDArray[np.void]
@@ -240,7 +297,6 @@ class Sampler:
         old = len(self._rows)
         new = max(8, old)
         self._rows = np.concatenate([self._rows, np.zeros(new, dtype=_ROW)])
-        self._params += [SamplingParams(max_tokens=1)] * new
         self._free += range(old + new - 1, old - 1, -1)
 
 

@@ -1,6 +1,7 @@
 """Decode steps by captured graphs, with a capture that runs the same function again on the same memory."""
 
 import logging
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -36,12 +37,14 @@ class Recorder:
 
 def graphs_of(largest: int, run=None) -> tuple[DecodeGraphs, list[int]]:
     sizes: list[int] = []
-    inputs, outputs = Inputs(largest, 4, DEVICE), Outputs(largest, 2, 3, torch.float32, DEVICE)
+    inputs, outputs = Inputs(largest, 4, DEVICE), Outputs.of(largest, 2, 3, torch.float32, DEVICE)
 
     def compute(size: int) -> None:
         sizes.append(size)
         outputs.hidden[:size] = inputs.token_ids[:size, None].float()
         outputs.logits[:size] = inputs.positions[:size, None].float()
+        outputs.token_ids[:size] = inputs.sampling[1][:size]  # top k
+        outputs.usable[:size] = inputs.sampling[0][:size] > 0  # the temperature
 
     return DecodeGraphs(inputs, outputs, largest, run or compute, Recorder()), sizes
 
@@ -51,14 +54,15 @@ def decodes(count: int, **changes) -> SimpleNamespace:
     given = {
         "plan": plan, "inspection": None, "sample_rows": range(count),
         "token_ids": torch.arange(100, 100 + count, device=DEVICE), "positions": torch.full((count,), 5, device=DEVICE),
+        "asked": [torch.arange(1, 1 + count, device=DEVICE)] * 6, "is_plain": True,
     }  # fmt: skip
     return SimpleNamespace(**given | changes)
 
 
-def replay(graphs: DecodeGraphs, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def replay(graphs: DecodeGraphs, count: int, **changes) -> Outputs:
     slots = torch.arange(count, device=DEVICE) + 9
     lens = torch.full((count,), 6, dtype=torch.int32, device=DEVICE)
-    return graphs.replay(decodes(count), slots, lens, torch.ones(count, 2, dtype=torch.int32, device=DEVICE))
+    return graphs.replay(decodes(count, **changes), slots, lens, torch.ones(count, 2, dtype=torch.int32, device=DEVICE))
 
 
 @pytest.mark.fast
@@ -85,7 +89,7 @@ def test_the_largest_is_captured_first_and_each_once(caplog):
 def test_a_step_is_computed_in_the_smallest_bucket_that_holds_it():
     graphs, sizes = graphs_of(16)
     sizes.clear()
-    hidden, logits = replay(graphs, 3)
+    hidden, logits, *_ = replay(graphs, 3)
     assert sizes == [4]
     assert hidden.tolist() == [[100.0] * 2, [101.0] * 2, [102.0] * 2]
     assert logits.shape == (3, 3)
@@ -100,6 +104,22 @@ def test_rows_of_an_earlier_larger_step_become_padding():
     replay(graphs, 3)
     assert graphs.inputs.slots[:4].tolist() == [9, 10, 11, NO_SLOT]
     assert graphs.inputs.lens[:4].tolist() == [6, 6, 6, 0]
+
+
+@pytest.mark.fast
+def test_what_is_asked_of_a_plain_step_is_drawn_with_it_and_padding_is_drawn_greedily():
+    graphs, _ = graphs_of(16)
+    replay(graphs, 4)
+    assert replay(graphs, 3).token_ids.tolist() == [1, 2, 3]
+    assert graphs.inputs.sampling[0][:5].tolist() == [1, 2, 3, 0, 0]
+
+
+@pytest.mark.fast
+def test_a_step_that_is_sampled_later_from_other_logits_is_drawn_greedily_for_nothing():
+    graphs, _ = graphs_of(16)
+    replay(graphs, 4)
+    assert not replay(graphs, 3, is_plain=False).usable.any()
+    assert not graphs.inputs.sampling[0].any()
 
 
 @pytest.mark.fast
@@ -150,3 +170,58 @@ def test_an_engine_says_the_same_by_graphs_across_prefix_hits_siblings_and_preem
     assert outputs["graphs"] == outputs["launches"]
     assert recorder.captured == 3
     assert recorder.replayed > 5
+
+
+# What may be asked for: the first are drawn inside of a graph, the others from logits that it does not know.
+PLAIN = [{"temperature": 0.0}, {"temperature": 0.8}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.05, "top_k": 40}]
+ADJUSTED = [{"presence_penalty": 1.0}, {"repetition_penalty": 1.3}, {"logit_bias": {7: 4.0}}, {"min_tokens": 4}]
+
+
+def said(engine: Engine, asks: list[dict[str, object]]) -> dict[str, list[int]]:
+    """A request joins at every second step; the third leaves after a few."""
+    rng = random.Random(len(asks))
+    requests = [
+        Request(str(i), rng.choices(range(3, 300), k=3 + 2 * i), SamplingParams(max_tokens=9, seed=i, **ask))
+        for i, ask in enumerate(asks)
+    ]
+    outputs: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    step = 0
+    while requests or engine.has_work:
+        if requests and step % 2 == 0:
+            engine.add(requests.pop(0))
+        for output in engine.step():
+            outputs[output.request_id] += output.token_ids
+        if len(outputs["2"]) >= 3:
+            engine.abort("2")
+        engine.check_integrity()
+        step += 1
+    outputs["2"] = outputs["2"][:3]
+    return outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_graphs_draw_is_what_the_sampler_draws_whatever_is_asked_for(tiny_llama, monkeypatch, seed):
+    """Against torch's kernels and the sampler on the host."""
+    rng = random.Random(seed)
+    asks = [*rng.sample(PLAIN, 4), *rng.sample(ADJUSTED, 2)]
+    rng.shuffle(asks)
+    asks[3] = asks[3] | {"logprobs": 1}
+    options = {"dtype": "fp32", "device": DEVICE.type, "block_size": 8, "kv_cache_tokens": 400, "max_num_seqs": 4}
+    expected = said(
+        Engine.from_checkpoint(tiny_llama[0], EngineConfig(kernels="torch", overlap=False, **options)), asks
+    )
+
+    monkeypatch.setattr(forward, "capture_for", lambda device: Recorder())
+    engine = Engine.from_checkpoint(tiny_llama[0], EngineConfig(kernels="triton", overlap=True, **options))
+    where, draw = [], engine.runner.sampler.draw
+    in_graph = engine.runner.compute._graphs.outputs.token_ids.data_ptr()
+
+    def drawn(*args):
+        found = draw(*args)
+        where.append(found.token_ids.data_ptr() == in_graph)
+        return found
+
+    monkeypatch.setattr(engine.runner.sampler, "draw", drawn)
+    assert said(engine, asks) == expected
+    assert min(where.count(True), where.count(False)) >= 3

@@ -1,11 +1,13 @@
 """Sampling on the device against the sampler's definition: the same tokens, whatever is asked for."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from model.kernels.sampling import SamplingRows, sample
+from model.kernels.sampling import sample
 from model.sampling.draw import draw, drop_unlikely, keyed_uniforms, truncate
 
 pytestmark = pytest.mark.fast
@@ -25,18 +27,28 @@ ASKS = {
 }
 
 
-def table(count: int, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, first_seed=-3) -> SamplingRows:
+class Table(NamedTuple):
+    """What is asked for, a row each, as `sample` takes it before the positions."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+
+
+def table(count: int, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, first_seed=-3) -> Table:
     def column(value: float, dtype: torch.dtype) -> Tensor:
         return torch.full((count,), value, dtype=dtype, device=DEVICE)
 
     seeds = torch.arange(first_seed, first_seed + count, device=DEVICE) * 0x5DEECE66D1234567 // 7
-    return SamplingRows(
+    return Table(
         column(temperature, torch.float32), column(top_k, torch.int64), column(top_p, torch.float32),
         column(min_p, torch.float32), seeds,
     )  # fmt: skip
 
 
-def expected(logits: Tensor, asked: SamplingRows, positions: Tensor) -> Tensor:
+def expected(logits: Tensor, asked: Table, positions: Tensor) -> Tensor:
     """What the sampler on the CPU does with one row after another."""
     scaled = logits.float() / asked.temperature[:, None]
     scaled = truncate(drop_unlikely(scaled, asked.min_p), asked.top_k, asked.top_p)
@@ -53,22 +65,28 @@ def random_logits(count: int, dtype: torch.dtype = torch.float32, vocab: int = V
 def test_a_draw_is_that_of_the_definition(asked):
     logits, rows = random_logits(3), table(3, **asked)
     positions = torch.arange(100, 103, device=DEVICE)
-    ids, usable = sample(logits, rows, torch.arange(3, device=DEVICE), positions)
+    ids, usable = sample(logits, *rows, positions)
     assert usable.all()
     assert torch.equal(ids, expected(logits, rows, positions))
 
 
 def test_half_precision_logits_are_drawn_from_in_fp32():
     logits, rows, positions = random_logits(3, torch.float16), table(3, top_p=0.7), torch.arange(3, device=DEVICE)
-    ids, _ = sample(logits, rows, torch.arange(3, device=DEVICE), positions)
+    ids, _ = sample(logits, *rows, positions)
     assert torch.equal(ids, expected(logits, rows, positions))
+
+
+def test_no_more_are_kept_than_top_k_allows_however_alike_they_are():
+    logits = torch.linspace(0.0, 0.01, 600, device=DEVICE).repeat(16, 1)
+    ids, _ = sample(logits, *table(16, top_k=3), torch.arange(16, device=DEVICE))
+    assert ids.unique().tolist() == [597, 598, 599]
 
 
 def test_tokens_that_tie_with_the_last_one_kept_are_kept():
     logits = torch.zeros(12, 600, device=DEVICE)
     logits[:, 300:] = -1.0
     rows, positions = table(12, top_k=7), torch.arange(12, device=DEVICE)
-    ids, _ = sample(logits, rows, torch.arange(12, device=DEVICE), positions)
+    ids, _ = sample(logits, *rows, positions)
     assert torch.equal(ids, expected(logits, rows, positions))
     assert ids.max() < 300
     assert len(ids.unique()) > 8
@@ -78,15 +96,15 @@ def test_a_row_is_drawn_by_its_own_request_wherever_it_stands():
     logits, rows = random_logits(3), table(3, top_k=50)
     order = torch.tensor([2, 0, 1], device=DEVICE)
     positions = torch.arange(3, device=DEVICE) * 9
-    straight, _ = sample(logits, rows, torch.arange(3, device=DEVICE), positions)
-    shuffled, _ = sample(logits[order], rows, order, positions[order])
+    straight, _ = sample(logits, *rows, positions)
+    shuffled, _ = sample(logits[order], *(column[order] for column in rows), positions[order])
     assert torch.equal(shuffled, straight[order])
 
 
 def test_without_a_temperature_the_first_of_the_largest_is_taken():
     logits = random_logits(3)
     logits[1, [4100, 17, 300]] = 50.0
-    ids, usable = sample(logits, table(3, temperature=0.0, top_k=5), *(torch.arange(3, device=DEVICE),) * 2)
+    ids, usable = sample(logits, *table(3, temperature=0.0, top_k=5), torch.arange(3, device=DEVICE))
     assert usable.all()
     assert torch.equal(ids, logits.argmax(dim=-1))
     assert ids[1] == 17
@@ -95,7 +113,7 @@ def test_without_a_temperature_the_first_of_the_largest_is_taken():
 def test_what_is_forbidden_is_never_drawn():
     logits = torch.full((12, VOCAB), -torch.inf, device=DEVICE)
     logits[:, [3, 4400]] = torch.tensor([0.5, 0.4], device=DEVICE)
-    ids, usable = sample(logits, table(12), *(torch.arange(12, device=DEVICE),) * 2)
+    ids, usable = sample(logits, *table(12), torch.arange(12, device=DEVICE))
     assert usable.all()
     assert ids.unique().tolist() == [3, 4400]
 
@@ -106,7 +124,7 @@ def test_rows_that_are_not_numbers_are_told(temperature):
     logits[1, 4321] = torch.nan
     logits[2] = -torch.inf
     logits[3, 8] = torch.inf
-    ids, usable = sample(logits, table(4, temperature=temperature), *(torch.arange(4, device=DEVICE),) * 2)
+    ids, usable = sample(logits, *table(4, temperature=temperature), torch.arange(4, device=DEVICE))
     assert usable.tolist() == [True, False, False, False]
     assert ((ids >= 0) & (ids < VOCAB)).all()
 
@@ -114,8 +132,8 @@ def test_rows_that_are_not_numbers_are_told(temperature):
 def test_draws_follow_the_distribution():
     count, shares = 400, (0.5, 0.0, 0.25, 0.125, 0.125)
     logits = torch.log(torch.tensor(shares, device=DEVICE)).repeat(count, 1)
-    rows, positions = table(1, first_seed=11), torch.arange(count, device=DEVICE)
-    ids, _ = sample(logits, rows, torch.zeros(count, dtype=torch.int64, device=DEVICE), positions)
+    one, positions = table(1, first_seed=11), torch.arange(count, device=DEVICE)
+    ids, _ = sample(logits, *(column.repeat(count) for column in one), positions)
     counts = torch.bincount(ids, minlength=5).tolist()
     assert counts[1] == 0
     for found, share in zip(counts, shares, strict=True):

@@ -8,7 +8,7 @@ import torch
 from model.checkpoint import inspect_checkpoint, load_checkpoint
 from model.config import EngineConfig
 from model.engine.forward import TorchForward, TritonForward
-from model.engine.graphs import reserved_bytes
+from model.engine.graphs import partial_bytes, reserved_bytes
 from model.engine.memory import check_weights_fit, size_cache
 from model.engine.worst_case import spare_bytes, step_peak, worst_prompts
 from model.errors import ConfigError
@@ -49,7 +49,9 @@ def test_the_cache_gets_what_weights_and_the_worst_step_leave_of_its_share(decod
 def test_graphs_are_reserved_for_where_they_are_captured(decoder):
     graphs = reserved_bytes(decoder.config, 2, 256, 16, 4)
     assert graphs > 2 * decoder.config.vocab_size * 4
-    for captured, reserved in ((True, graphs), (False, 0)):
+    partial = partial_bytes(decoder.config, 2, 256)
+    assert graphs > partial > 0
+    for captured, reserved in ((None, partial + graphs), (True, partial + graphs), (False, partial)):
         config = EngineConfig(
             gpu_memory_utilization=0.8, cuda_graphs=captured, max_num_seqs=2, max_num_batched_tokens=2
         )
@@ -60,6 +62,9 @@ def test_the_spare_memory_becomes_blocks_that_fit_into_it(decoder):
     model, config = decoder.config, EngineConfig(max_num_seqs=64, block_size=16)
     token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
     assert size_cache(model, config, torch.float32, CPU, spare=100 * token) == (96, 6)
+    assert size_cache(model, EngineConfig(kv_cache_tokens=100), torch.float32, CPU, spare=100 * token) == (96, 6)
+    with pytest.raises(ConfigError, match=r"a cache of 101 tokens takes .* lower kv_cache_tokens to at most 100"):
+        size_cache(model, EngineConfig(kv_cache_tokens=101), torch.float32, CPU, spare=100 * token)
     with pytest.raises(ConfigError, match="lower max_model_len to at most 96"):
         size_cache(model, EngineConfig(max_model_len=128), torch.float32, CPU, spare=100 * token)
 

@@ -108,7 +108,9 @@ def test_a_step_that_fails_ends_those_of_both_steps_on_their_way_and_loses_nothi
     recorded = Recorded(tiny_llama[0])
     engine = recorded.engine
     engine.add(Request("a", PROMPT, GREEDY))
+    engine.add(Request("gone", PROMPT[:9], GREEDY))
     engine.step()
+    engine.abort("gone")  # its blocks go free with the step that is on its way
     engine.add(Request("late", PROMPT, GREEDY, deadline=0.0))
     engine.add(Request("b", PROMPT[:7], GREEDY))
     forward, engine.runner.forward = engine.runner.forward, None

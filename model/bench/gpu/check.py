@@ -24,7 +24,7 @@ from model.kernels.activation import gated, gated_torch
 from model.kernels.int8 import int8_linear, int8_linear_torch
 from model.kernels.norm import add_rms_norm, add_rms_norm_torch
 from model.kernels.rope import rope_and_store, rope_and_store_torch
-from model.kernels.sampling import SamplingRows, sample
+from model.kernels.sampling import sample
 from model.sampling.draw import draw, drop_unlikely, keyed_uniforms, truncate
 from model.sampling.params import SamplingParams
 
@@ -174,12 +174,11 @@ def check_sampling(device: torch.device) -> dict[str, Any]:
     logits = 3 * torch.randn(count, vocab_size, device=device)
     index = torch.arange(count, device=device)
     some = torch.rand(3, count, device=device)
-    table = SamplingRows(0.2 + some[0], 40 * (index % 2), 0.5 + some[1] / 2, some[2] / 1e3, index * 7919)
-    scaled = drop_unlikely(logits / table.temperature[:, None], table.min_p)
-    scaled = truncate(scaled, table.top_k, table.top_p)
+    temperature, top_k, top_p, min_p = 0.2 + some[0], 40 * (index % 2), 0.5 + some[1] / 2, some[2] / 1e3
+    scaled = truncate(drop_unlikely(logits / temperature[:, None], min_p), top_k, top_p)
     seeds, positions = ((index * factor).cpu().numpy().astype(np.uint64) for factor in (7919, 3))
     expected, _ = draw(scaled, torch.from_numpy(keyed_uniforms(seeds, positions)).to(device))
-    found, usable = sample(logits, table, index, index * 3)
+    found, usable = sample(logits, temperature, top_k, top_p, min_p, index * 7919, index * 3)
     equal = int((found == expected).sum())
     return {"rows": count, "equal": equal, "ok": bool(usable.all()) and equal >= 0.99 * count}
 

@@ -19,7 +19,7 @@ from model.kernels.activation import gated
 from model.kernels.int8 import int8_linear
 from model.kernels.norm import add_rms_norm
 from model.kernels.rope import rope_and_store
-from model.kernels.sampling import SamplingRows, sample
+from model.kernels.sampling import sample
 
 BLOCK_SIZE = 16
 
@@ -149,5 +149,5 @@ def draws(config: ModelConfig, rows: int, top_p: float, dtype: torch.dtype, devi
     logits = torch.randn(rows, config.vocab_size, device=device).to(dtype)
     index = torch.arange(rows, device=device)
     ones = torch.ones(rows, device=device)
-    table = SamplingRows(0.6 * ones, 0 * index, top_p * ones, 0 * ones, index)
-    return lambda: sample(logits, table, index, index), float(logits.numel() * dtype.itemsize), 0.0
+    asked = (0.6 * ones, 0 * index, top_p * ones, 0 * ones, index, index)
+    return lambda: sample(logits, *asked), float(logits.numel() * dtype.itemsize), 0.0

@@ -19,6 +19,7 @@ from model.kernels.activation import gated
 from model.kernels.norm import add_rms_norm
 from model.kernels.rope import rope_and_store
 from model.layers import MLP, RMSNorm
+from model.split import SplitHead
 
 PagedAttend = Callable[[Scores, Tensor, Tensor, Tensor], Tensor]
 
@@ -29,6 +30,8 @@ def why_not_captured(decoder: Decoder) -> str | None:
         return "experts are chosen token by token"
     if decoder.config.longest_sharing_prompt is not None:
         return "its rotary positions depend on the prompt's length"
+    if isinstance(decoder.head, SplitHead):
+        return "it is split: a process that looks into a step, and so does not replay it, would sum another size"
     return None
 
 
