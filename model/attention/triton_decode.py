@@ -19,7 +19,8 @@ TILE = 64
 PROGRAMS = 1024
 
 
-@triton.jit
+# Compiled once, whatever the step: Triton would compile anew for a number that is 1 or a multiple of 16.
+@triton.jit(do_not_specialize=["table_stride", "num_splits"])
 def _attend_splits(
     q_ptr, k_ptr, v_ptr, partial_ptr, log_ptr, tables_ptr, lens_ptr,
     q_token_stride, q_head_stride, slot_stride, head_stride, table_stride, num_splits,
@@ -32,7 +33,7 @@ def _attend_splits(
 
     Programs of one sequence take turns, so that the grid need not know how long sequences are (a CUDA graph cannot).
     """
-    seq, kv_head = tl.program_id(0), tl.program_id(1)
+    seq, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_kv_heads = tl.num_programs(1)
     length = tl.load(lens_ptr + seq)
     row, dim, offset = tl.arange(0, ROWS), tl.arange(0, WIDE_DIM), tl.arange(0, TILE)
@@ -71,13 +72,13 @@ def _attend_splits(
         tl.store(log_ptr + place, log, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _merge_splits(
     partial_ptr, log_ptr, lens_ptr, sinks_ptr, out_ptr, num_splits,
     DIM: tl.constexpr, WIDE_DIM: tl.constexpr, SPLIT: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
     """The splits of one sequence under one query head, weighed by their sums; a learned sink adds only weight."""
-    seq, head = tl.program_id(0), tl.program_id(1)
+    seq, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_heads = tl.num_programs(1)
     dim = tl.arange(0, WIDE_DIM)
     place = (seq * num_heads + head) * num_splits

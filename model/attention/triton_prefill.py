@@ -24,12 +24,14 @@ def prefill_tiles(plan: AttentionPlan, group: int) -> NDArray[np.int32]:
     Only sequences behind the decodes have tiles.
     """
     tokens = max(1, ROWS // group)
-    counts = np.diff(plan.query_start_loc)
-    tiles = [(seq, first) for seq in range(plan.num_decodes, plan.num_seqs) for first in range(0, counts[seq], tokens)]
-    return np.array(tiles, dtype=np.int32).reshape(-1, 2)
+    counts = np.diff(plan.query_start_loc)[plan.num_decodes :]
+    tiles = -(-counts // tokens)  # of each sequence
+    before = np.repeat(tiles.cumsum() - tiles, tiles)
+    seqs = np.repeat(np.arange(plan.num_decodes, plan.num_seqs), tiles)
+    return np.stack([seqs, (np.arange(tiles.sum()) - before) * tokens], axis=1).astype(np.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend_tile_of_rows(
     q_ptr, k_ptr, v_ptr, out_ptr, tiles_ptr, starts_ptr, lens_ptr, tables_ptr, sinks_ptr,
     q_token_stride, q_head_stride, slot_stride, head_stride, table_stride,
@@ -41,7 +43,7 @@ def _attend_tile_of_rows(
     """One tile of rows of one sequence under one key/value head, over all keys that any of its rows sees."""
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     num_heads = tl.num_programs(1) * GROUP
-    seq, first = tl.load(tiles_ptr + tile * 2), tl.load(tiles_ptr + tile * 2 + 1)
+    seq, first = tl.load(tiles_ptr + tile * 2).to(tl.int64), tl.load(tiles_ptr + tile * 2 + 1)
     start, stop, length = tl.load(starts_ptr + seq), tl.load(starts_ptr + seq + 1), tl.load(lens_ptr + seq)
     row, dim, offset = tl.arange(0, ROWS), tl.arange(0, WIDE_DIM), tl.arange(0, TILE)
     token = start + first + row // GROUP  # of the step's tokens
@@ -49,7 +51,7 @@ def _attend_tile_of_rows(
     position = length - stop + token
     is_row, is_dim = (row < ROWS // GROUP * GROUP) & (token < stop), dim < DIM
     q = tl.load(
-        q_ptr + token[:, None] * q_token_stride + head[:, None] * q_head_stride + dim[None, :],
+        q_ptr + token[:, None].to(tl.int64) * q_token_stride + head[:, None] * q_head_stride + dim[None, :],
         mask=is_row[:, None] & is_dim[None, :],
         other=0.0,
     )
@@ -76,7 +78,7 @@ def _attend_tile_of_rows(
             q, tl.trans(k), v, seen, largest, total, weighted, scale, soft_cap, HAS_CAP
         )
     out = weighted / tl.where(total == 0.0, 1.0, total)[:, None]
-    place = (token * num_heads + head) * DIM
+    place = (token.to(tl.int64) * num_heads + head) * DIM
     tl.store(
         out_ptr + place[:, None] + dim[None, :],
         out.to(out_ptr.dtype.element_ty),

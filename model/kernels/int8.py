@@ -16,7 +16,7 @@ CHANNELS = 64
 DEPTH = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _int8_linear(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, num_rows, num_channels, depth,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, HAS_BIAS: tl.constexpr,

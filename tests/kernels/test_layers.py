@@ -81,10 +81,10 @@ def test_rope_and_store(draw, dtype, rotary, normed):
 
 def test_rows_that_only_pad_the_batch_are_stored_nowhere():
     qkv = torch.ones(3, 4 * 16, device=DEVICE)
-    keys, values = (torch.zeros(4, 1, 16, device=DEVICE) for _ in range(2))
-    rope_and_store(qkv, 2, keys, values, torch.tensor([2, -1, -1], device=DEVICE), None, None, 1e-6)
-    for cache in (keys, values):
-        assert cache.flatten(1).any(dim=1).tolist() == [False, False, True, False]
+    keys, values = (torch.zeros(5, 1, 16, device=DEVICE) for _ in range(2))
+    rope_and_store(qkv, 2, keys[1:], values[1:], torch.tensor([2, -1, -1], device=DEVICE), None, None, 1e-6)
+    for cache in (keys, values):  # what slot -1 would be lies before the first
+        assert cache.flatten(1).any(dim=1).tolist() == [False, False, False, True, False]
 
 
 def test_a_cache_in_fp8_takes_what_it_can_reach():
