@@ -28,5 +28,11 @@ class GrammarError(AttendantError):
     """A request's output cannot go on under its grammar. That request ends with an error; the others do not notice."""
 
 
+class GroupLost(AttendantError):  # noqa: N818 - named for what happened
+    """Another process that holds a part of the model is gone, and with it what this one has. The engine ends, not the
+    requests: who keeps their tokens may go on with them elsewhere.
+    """
+
+
 class StepError(AttendantError):
     """A batch that the native step refuses: a bug of ours, caught before it could read or write where it must not."""

@@ -1,17 +1,21 @@
 """One model over several processes: each computes its part of every layer (tensor parallelism).
 
 On one machine, `python -m model.parallel --model DIRECTORY --world-size 2 --prompt-ids 5 6 7` starts the processes and
-prints what the model says. Whoever places the processes elsewhere starts one for each rank and calls `run_rank` there,
-all with one `init_method`, and the leading one, rank 0, is given an engine. NCCL carries the sums on GPUs, one to a
-process, and gloo on the CPU; what the leader sends goes over gloo.
+prints what the model says. Whoever places the processes elsewhere (`service.ranks`) starts one for each rank, all with
+one `init_method`: rank 0 is `leading` and has an engine, the others are `following`. NCCL carries the sums on GPUs, one
+to a process, and gloo on the CPU; what the leader sends goes over gloo.
+
+init_method: where they meet, as torch.distributed has it: `file:///path` on one machine, or `tcp://host:port`, which
+listens on every interface of that host and lets anybody write.
 """
 
 import argparse
 import logging
 import os
-import socket
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,13 +27,13 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from model.checkpoint import load_checkpoint
-from model.config import EngineConfig
+from model.config import EngineConfig, ModelConfig
 from model.decoder import Decoder
 from model.engine.engine import Engine
 from model.engine.lockstep import REFUSED, LeadingForward, follow
 from model.engine.memory import resolve_device, resolve_dtype
 from model.engine.request import Request
-from model.errors import AttendantError, ConfigError
+from model.errors import AttendantError, ConfigError, GroupLost
 from model.sampling.params import SamplingParams
 from model.split import own_config, split_decoder
 
@@ -37,7 +41,10 @@ MAX_ARRAYS = 12  # of one message
 
 
 class ProcessGroup:
-    """`model.split.Together` and `model.engine.lockstep.Group` over torch.distributed."""
+    """`model.split.Together` and `model.engine.lockstep.Group` over torch.distributed.
+
+    Each word raises `GroupLost` when another process is gone.
+    """
 
     def __init__(self, rank: int, world_size: int, init_method: str, device: torch.device) -> None:
         self.rank, self.world_size = rank, world_size
@@ -48,13 +55,15 @@ class ProcessGroup:
 
     def add_up(self, x: Tensor) -> Tensor:
         """See `Together`."""
-        dist.all_reduce(x)
+        with _answered():
+            dist.all_reduce(x)
         return x
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """See `Together`."""
         parts = [torch.empty_like(x) for _ in range(self.world_size)]
-        dist.all_gather(parts, x.contiguous())
+        with _answered():
+            dist.all_gather(parts, x.contiguous())
         return parts
 
     def tell(self, arrays: Sequence[NDArray[np.int64]]) -> None:
@@ -62,28 +71,43 @@ class ProcessGroup:
         sizes = torch.zeros(MAX_ARRAYS, 2, dtype=torch.int64)
         for size, array in zip(sizes, arrays, strict=False):
             size.copy_(torch.tensor([len(array), array.shape[1] if array.ndim == 2 else 0]))
-        dist.broadcast(sizes, 0, group=self._words)
-        dist.broadcast(torch.from_numpy(np.concatenate([array.ravel() for array in arrays])), 0, group=self._words)
+        packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+        with _answered():
+            dist.broadcast(sizes, 0, group=self._words)
+            dist.broadcast(packed, 0, group=self._words)
 
     def hear(self) -> Sequence[NDArray[np.int64]]:
         """See `Group`. No message is empty, so the sizes say how many arrays there are."""
         sizes = torch.zeros(MAX_ARRAYS, 2, dtype=torch.int64)
-        dist.broadcast(sizes, 0, group=self._words)
+        with _answered():
+            dist.broadcast(sizes, 0, group=self._words)
         shapes = [(rows, columns) if columns else (rows,) for rows, columns in sizes.tolist()]
         counts = [int(np.prod(shape)) for shape in shapes]
         packed = torch.empty(sum(counts), dtype=torch.int64)
-        dist.broadcast(packed, 0, group=self._words)
+        with _answered():
+            dist.broadcast(packed, 0, group=self._words)
         pieces = packed.split(counts)
         last = max(index for index, count in enumerate(counts) if count)
         return [piece.view(shape).numpy() for piece, shape in zip(pieces, shapes, strict=True)][: last + 1]
 
     def share(self, x: Tensor) -> None:
         """See `Group`."""
-        dist.broadcast(x, 0)
+        with _answered():
+            dist.broadcast(x, 0)
 
     def leave(self) -> None:
         """The end, for all of them."""
         dist.destroy_process_group()
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Around a word to the others: torch.distributed tells in many ways that there was no answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        raise GroupLost(f"another process of the model is gone: {first}") from error
 
 
 def run_rank(
@@ -96,58 +120,76 @@ def run_rank(
 ) -> None:
     """Be one of the processes that hold a model together. Rank 0 gets an engine to `work` with; the others return when
     it is done. Raises `CheckpointError` and `ConfigError`: rank 0 always, the others where they can tell.
-
-    init_method: where they meet, as torch.distributed has it, `tcp://host:port` or `file:///path`.
     """
+    if rank:
+        following(rank, world_size, init_method, directory, config)
+        return
+    with leading(world_size, init_method, directory, config) as engine:
+        work(engine)
+
+
+@contextmanager
+def leading(world_size: int, init_method: str, directory: Path, config: EngineConfig) -> Iterator[Engine]:
+    """Be rank 0: an engine, and at the end of the block the others' dismissal. Raises as `run_rank` does."""
+    with _joined(0, world_size, init_method, directory, config) as (decoder, group):
+        try:
+            engine = Engine(decoder, config, group)
+        except AttendantError:
+            group.tell([np.array([REFUSED])])
+            raise
+        try:
+            yield engine
+        finally:
+            assert isinstance(engine.runner.compute, LeadingForward)
+            with suppress(GroupLost):
+                engine.runner.compute.dismiss()
+
+
+def following(rank: int, world_size: int, init_method: str, directory: Path, config: EngineConfig) -> None:
+    """Be another rank, until the leader is done. Raises `GroupLost` when it is gone, and as `run_rank` does."""
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    with _joined(rank, world_size, init_method, directory, config) as (decoder, group):
+        follow(decoder, config, group)
+
+
+@contextmanager
+def _joined(
+    rank: int, world_size: int, init_method: str, directory: Path, config: EngineConfig
+) -> Iterator[tuple[Decoder, ProcessGroup]]:
+    """This process's part of the decoder, and the others."""
     device = _own_device(rank, config)
     whole = load_checkpoint(directory, dtype=resolve_dtype(config.dtype, device))
-    own_config(whole.config, world_size)  # refused here, before anybody waits for the others
+    check_split(whole.config, config, world_size)  # before anybody waits for the others
     group = ProcessGroup(rank, world_size, init_method, device)
     try:
         decoder = split_decoder(whole, group, device)
         decoder.fold_scores()
         del whole
-        if rank:
-            follow(decoder, config, group)
-        else:
-            _lead(decoder, config, group, work)
+        yield decoder, group
     finally:
         group.leave()
 
 
-def _own_device(rank: int, config: EngineConfig) -> torch.device:
-    """Each rank's own GPU, or the CPU for all."""
+def check_split(model: ModelConfig, config: EngineConfig, world_size: int) -> ModelConfig:
+    """One process's part of the model. Raises `ConfigError` for what cannot be computed in so many parts."""
     if config.dtype == "int8" or config.deterministic:
         raise ConfigError("int8 weights and deterministic sums are not split over processes: use bf16 or fp32")
+    if config.kernels == "native":
+        raise ConfigError("the native step is not split over processes: use kernels 'auto' or 'torch'")
+    if resolve_device(config).type == "cuda" and config.kv_cache_tokens is None:
+        raise ConfigError("a split model's cache is not measured: say its size in kv_cache_tokens")
+    return own_config(model, world_size)
+
+
+def _own_device(rank: int, config: EngineConfig) -> torch.device:
+    """Each rank's own GPU, or the CPU for all. One that is placed by Ray sees but one GPU."""
     device = resolve_device(config)
     if device.type == "cpu":
         return device
-    if config.kv_cache_tokens is None:
-        raise ConfigError("a split model's cache is not measured: say its size in kv_cache_tokens")
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def _lead(decoder: Decoder, config: EngineConfig, group: ProcessGroup, work: Callable[[Engine], None]) -> None:
-    try:
-        engine = Engine(decoder, config, group)
-    except AttendantError:
-        group.tell([np.array([REFUSED])])
-        raise
-    try:
-        work(engine)
-    finally:
-        assert isinstance(engine.runner.compute, LeadingForward)
-        engine.runner.compute.dismiss()
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _start(rank: int, world_size: int, init_method: str, args: argparse.Namespace) -> None:
@@ -184,14 +226,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kv-cache-tokens", type=int, default=8192)
     parser.add_argument("--kernels", choices=["auto", "torch", "triton"], default="auto")
     args = parser.parse_args(argv)
-    init_method = f"tcp://127.0.0.1:{free_port()}"
     # Whoever is refused says why in one line; that the others are ended with it is no news.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the others: it warns of hosts without a name
-    try:
-        spawn(_start, (args.world_size, init_method, args), nprocs=args.world_size)
-    except ProcessExitedException as error:
-        sys.exit(error.exit_code)
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            spawn(_start, (args.world_size, f"file://{directory}/store", args), nprocs=args.world_size)
+        except ProcessExitedException as error:
+            sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -72,10 +72,16 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     replicas: Annotated[int, typer.Option(min=1, help="Engines that share the load.")] = 1,
+    ingresses: Annotated[
+        int, typer.Option(min=1, help="Processes for HTTP and text. A key's max_concurrent holds in each of them.")
+    ] = 1,
     max_replicas: Annotated[
         int | None, typer.Option(min=1, help="As many engines as the load needs, up to this; instead of --replicas.")
     ] = None,
     min_replicas: Annotated[int, typer.Option(min=0, help="With --max-replicas: as few as this; 0 lets it sleep.")] = 1,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Processes that hold each engine's model together; on GPUs, one for each.")
+    ] = 1,
     dtype: Annotated[
         Dtype, typer.Option(help="The numbers that weights are computed in; auto: bf16 where it is fast, else fp32.")
     ] = "auto",
@@ -98,6 +104,9 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option(min=0.1, help="How long a replica that is to go may work on; the longest generation.")
     ] = 300.0,
+    engine_drain_seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="The same for an engine: its streams then move; else as long.")
+    ] = None,
     speculative_tokens: Annotated[int, typer.Option(min=0, help="Tokens to guess ahead from repeated text.")] = 0,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same tokens to the last bit in any batch. It costs speed.")
@@ -159,6 +168,8 @@ def serve(
         model=str(resolve(model)),
         model_name=display_name(model),
         replicas=replicas,
+        ingresses=ingresses,
+        tensor_parallel=tensor_parallel,
         autoscaling=_autoscaling(min_replicas, max_replicas, replicas),
         dtype=dtype,
         device=device,
@@ -173,6 +184,7 @@ def serve(
         max_waiting=max_waiting,
         max_backlog_tokens=max_backlog_tokens,
         drain_seconds=drain_seconds,
+        engine_drain_seconds=engine_drain_seconds,
         num_threads=threads,
         speculative_tokens=speculative_tokens,
         deterministic=deterministic,

@@ -1,6 +1,8 @@
 """What the operator decides about who may come in, with what, and what is written down about it."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from service.limits import Limits
 from service.telemetry import Telemetry
@@ -9,6 +11,8 @@ from service.telemetry import Telemetry
 class Door(BaseModel):
     """Set from the top, read by the ingress.
 
+    ingresses: the processes that clients come in through, which know nothing of one another. A key's tokens a minute
+        are divided among them; what it may have open at once, each of them allows.
     api_keys_file: whose keys are let in, as `attendant keys` writes it; without one, everybody is.
     share_prefixes: let requests of different keys find one another's prompts in the cache. It saves work, and lets one
         key learn from the time of an answer what another has asked.
@@ -21,6 +25,7 @@ class Door(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    ingresses: Annotated[int, Field(ge=1)] = 1
     api_keys_file: str | None = None
     share_prefixes: bool = False
     cors_origins: tuple[str, ...] = ()

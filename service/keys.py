@@ -31,7 +31,7 @@ Digits = Annotated[str, Field(pattern="^[0-9a-f]+$")]
 
 
 class ApiKey(BaseModel):
-    """One key's entry in the file. Limits hold for each ingress; None means no limit of its own."""
+    """One key's entry in the file. `service.quota` says what a limit means with several ingresses; None: none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

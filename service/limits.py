@@ -32,7 +32,7 @@ class Limits(BaseModel):
     max_logprobs, max_stop_strings, max_logit_bias: entries of those fields.
     max_attention_weights: of one token: layers times heads times top_k. Some 90 bytes each until the client takes it.
     max_schema_bytes, max_schema_depth: of a schema or grammar that an output is held to, and of tools.
-    max_streams_per_key: requests that one key may have open at once, if it has no limit of its own.
+    max_streams_per_key: requests that one key may have open at once at an ingress, if it has no limit of its own.
     max_unread_tokens: of one request, generated but not yet taken by its client; a slower reader is cut off.
     """
 

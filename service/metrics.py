@@ -97,6 +97,10 @@ class EngineMetrics:
         """Declare where the backlog is read. Called once."""
         self._own.gauge("backlog_tokens", "Tokens that running and waiting requests may still need.", read)
 
+    def observe_channels(self, read: Callable[[], float]) -> None:
+        """Declare where the open channels are counted. Called once."""
+        self._own.gauge("open_channels", "Ingresses that have a channel open to this engine.", read)
+
     def describe(self, model: Mapping[str, object], cache: Mapping[str, object]) -> None:
         """Say what was loaded, and what the cache is made of. Called once."""
         self._own.info("model", "The model that is served, and how it is computed.", model)
@@ -228,6 +232,7 @@ def table() -> str:
     """Every family, as rows of Markdown."""
     engine = EngineMetrics("", "")
     engine.observe_backlog(lambda: 0)
+    engine.observe_channels(lambda: 0)
     engine.describe({"dtype": "", "cache_dtype": "", "kernels": "", "device": "", "max_model_len": ""}, {})
     families: dict[str, tuple[Metric, list[str]]] = {}
     ingress = IngressMetrics("")

@@ -1,6 +1,8 @@
 """How much of the service one key has in use: open requests, and the tokens of the last minute.
 
-Kept by each ingress for itself: a key's limits hold for each.
+Kept by each ingress for itself. Of the tokens each has its share, since over a minute requests spread evenly. Of the
+open requests each allows them all: a share of a few would refuse a client that is within its limit, when chance brings
+one more of its requests here than there.
 """
 
 import math
@@ -11,9 +13,13 @@ from service.keys import ApiKey
 
 
 class Quota:
-    """The open requests of a key and its bucket of tokens, which fills at its rate and holds a minute's worth."""
+    """The open requests of a key and its bucket of tokens, which fills at its rate and holds a minute's worth.
 
-    def __init__(self, max_streams: int) -> None:
+    num_ingresses: of which each has such a bucket, filled by its part.
+    """
+
+    def __init__(self, max_streams: int, num_ingresses: int = 1) -> None:
+        self._num_ingresses = num_ingresses
         self._max_streams = max_streams
         self._open = 0
         self._spent = 0.0
@@ -41,7 +47,8 @@ class Quota:
         """
         if key.tokens_per_minute is None:
             return
-        capacity, rate = float(key.tokens_per_minute), key.tokens_per_minute / 60
+        capacity = key.tokens_per_minute / self._num_ingresses
+        rate = capacity / 60
         now = time.monotonic()
         self._spent = max(0.0, self._spent - (now - self._as_of) * rate)
         self._as_of = now

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray import serve
 
+from model.config import EngineConfig
 from model.errors import GrammarError, InvalidRequest
 from service.admission import Admission, backlog, unprefilled
 from service.autoscaling import Load
@@ -30,6 +31,7 @@ from service.exposition import Exposition, export
 from service.grammars import Grammars
 from service.logs import fields, install
 from service.metrics import EngineMetrics, facts
+from service.ranks import load
 from service.receipt import EngineReceipt, Timing, WeightsDigest
 from service.step_watch import StepWatch
 from service.telemetry import Telemetry, Trail
@@ -67,8 +69,8 @@ class EngineReplica:
 
     exporter_host: where its metrics are exposed by themselves, beside what an ingress asks for.
     idle_channel_s: a channel without a request for so long is closed from this side; None: never.
-    cores: that it has to itself, beside what HTTP and Ray need of them; for threads that the options leave open.
-    Raises `CheckpointError` or `ConfigError` when the model cannot be loaded.
+    cores: that each process has to itself, beside what HTTP and Ray need of them; for threads that options leave open.
+    num_ranks: processes that hold the model together. Raises `CheckpointError` and `ConfigError` as loading does.
     """
 
     def __init__(
@@ -81,17 +83,14 @@ class EngineReplica:
         exporter_host: str | None = None,
         idle_channel_s: float | None = None,
         cores: int = 1,
+        num_ranks: int = 1,
     ) -> None:
         # torch is imported here and not above: an ingress reads this module too, and does without torch's 200 MB.
-        from model.checkpoint import inspect_checkpoint
-        from model.config import EngineConfig
-        from model.engine.engine import Engine
         from model.engine.loop import EngineLoop
-        from model.engine.memory import for_serving
 
         self._model = Path(model)
-        config, _ = for_serving(inspect_checkpoint(self._model).config, EngineConfig(**engine_options), cores)
-        self._engine = Engine.from_checkpoint(self._model, config)
+        self._engine, self._dismiss = load(self._model, EngineConfig(**engine_options), cores, num_ranks)
+        config = self._engine.config
         self._capacity = config.max_num_seqs + queue.max_waiting
         # A quarter of what as many requests of full length would need: only unusually long ones meet it.
         max_tokens = queue.max_backlog_tokens or self._capacity * self._engine.max_model_len // 4
@@ -111,6 +110,7 @@ class EngineReplica:
         self._metrics = EngineMetrics(model_name, self._replica_id)
         self._metrics.describe(*facts(self._engine))
         self._metrics.observe_backlog(lambda: backlog([owner.request for owner in list(self._owners.values())]))
+        self._metrics.observe_channels(lambda: len(self._outboxes))
         self._exporter = None if exporter_host is None else export(self._metrics.registry, exporter_host)
         self._weights = WeightsDigest(self._model)
         self._timings: dict[str, Timing] = {}  # of those that want a receipt, the newest last
@@ -238,6 +238,8 @@ class EngineReplica:
     def __del__(self) -> None:
         if loop := getattr(self, "_loop", None):  # absent when the constructor failed
             loop.stop(STOP_TIMEOUT_S)
+            if not loop.is_alive:
+                self._dismiss()
             self._grammars.close()
             if self._tracer is not None:
                 self._tracer.close()

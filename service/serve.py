@@ -54,7 +54,7 @@ def run(args: "AppArgs", address: Address, data_plane: DataPlane, *, allow_anony
     check_port(address)
     check_keys(args.api_keys_file, address, allow_anonymous=allow_anonymous)
     args.telemetry.check()
-    preflight = Preflight(Path(args.model), args.engine_options)  # beside Ray's start, which takes longer
+    preflight = _preflight(args)  # beside Ray's start, which takes longer
     _heed_signals()
     # Stop ends it all: while it starts at once, while it serves in order, and a second one at once again.
     with (
@@ -62,15 +62,20 @@ def run(args: "AppArgs", address: Address, data_plane: DataPlane, *, allow_anony
         tempfile.TemporaryDirectory(prefix="attendant-") as scratch,
         _ray(data_plane, Path(scratch), args.drain_seconds),
     ):
-        dtype = preflight.finish()
+        verdict = preflight.finish()
+        args = args.model_copy(update={"device": verdict.device})  # Ray sets GPUs aside for those that say so
         _start(args, address)
         _deploy(args)
-        print(_welcome(args, address, dtype), flush=True)
+        print(_welcome(args, address, verdict.dtype), flush=True)
         try:
             _wait(args)
         except Stop:
             print("stopping: open requests are finished first; press Ctrl-C again to cut them short", flush=True)
             _shut_down(args.drain_seconds)
+
+
+def _preflight(args: "AppArgs") -> Preflight:
+    return Preflight(Path(args.model), args.engine_options, args.tensor_parallel, args.max_ranks)
 
 
 def check_port(address: Address) -> None:
@@ -166,7 +171,7 @@ def _wait(args: "AppArgs") -> None:
     signal.signal(signal.SIGUSR1, lambda number, frame: os.write(waker, b"1"))
     while os.read(wake, select.PIPE_BUF):  # several in the meantime are one
         try:
-            Preflight(Path(args.model), args.engine_options).finish()
+            _preflight(args).finish()
             _deploy(args)
         except StartError as error:
             print(f"not loaded anew, and what was there goes on: {error}", flush=True)

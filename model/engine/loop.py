@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from model.engine.engine import Engine
 from model.engine.request import Request, TokenOutput
 from model.engine.stats import StepStats
+from model.errors import GroupLost
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ class EngineLoop:
         """Take one step and hand out what it gave. False if it failed: its requests have then ended with an error."""
         try:
             outputs, computed = self.engine.step(), True
+        except GroupLost:  # no fault of the requests
+            raise
         except Exception:
             logger.exception("a step failed; its requests end with an error")
             outputs, computed = self.engine.fail_step(), False

@@ -35,6 +35,7 @@ class Gate:
         self._keys = keys
         self._share_prefixes = door.share_prefixes
         self._logs_prompts = door.log_prompts
+        self._num_ingresses = door.ingresses
         self._quotas: dict[str, Quota] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,7 +71,7 @@ class Gate:
 
     def _identify(self, keys: KeyRing, headers: Headers, call: Call, held: ExitStack) -> None:
         key = keys.authenticate(headers.get("authorization"))
-        quota = self._quotas.setdefault(key.id, Quota(self._limits.max_streams_per_key))
+        quota = self._quotas.setdefault(key.id, Quota(self._limits.max_streams_per_key, self._num_ingresses))
         quota.enter(key)
         held.callback(quota.leave)
         call.key, call.quota = key, quota

@@ -166,7 +166,7 @@ def needs(rayservice: Manifest) -> dict[str, dict[str, float]]:
     """What Ray sets aside for one replica of each deployment."""
     config = application(rayservice)
     options = {deployment["name"]: deployment["ray_actor_options"] for deployment in config["deployments"]}
-    return {"Engine": {"num_cpus": config["args"]["replica_cpus"]}} | options
+    return {"Engine": AppArgs.model_validate(config["args"]).room["ray_actor_options"]} | options
 
 
 def test_nothing_is_computed_on_the_head(rayservice: Manifest):

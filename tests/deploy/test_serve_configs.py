@@ -101,22 +101,24 @@ def test_what_other_machines_can_reach_wants_a_key(config: dict[str, Any]):
     assert (args.api_keys_file is None) == (schema.http_options.host == "127.0.0.1")
 
 
-def test_an_engine_on_a_gpu_asks_ray_for_one(config: dict[str, Any]):
+def test_what_an_engine_is_given_follows_from_the_arguments_alone(config: dict[str, Any]):
+    """Said a second time for its deployment, GPUs and processors could differ from what the engine was told."""
     schema, args = read(config)
-    gpus = {
-        deployment.name: deployment.ray_actor_options.num_gpus
-        for deployment in schema.applications[0].deployments
-        if deployment.ray_actor_options
-    }
-    assert (args.device == "cuda") == (gpus.get("Engine") == 1)
+    assert [deployment.name for deployment in schema.applications[0].deployments if deployment.name != "Ingress"] == []
+    assert args.room["ray_actor_options"]["num_gpus"] == (1 if args.device == "cuda" else 0)
+
+
+def test_an_ingress_is_told_how_many_there_are(config: dict[str, Any]):
+    """It divides limits by that number: `num_replicas` of the deployment would change it behind its back."""
+    schema, args = read(config)
+    assert "num_replicas" not in schema.model_dump_json(exclude_unset=True)
+    assert (args.ingresses > 1) == (schema.proxy_location == "EveryNode")
 
 
 def test_ray_sets_aside_what_an_engine_computes_with(config: dict[str, Any]):
     """A cluster's nodes are many sizes; on one machine an engine's threads are decided from its cores."""
     schema, args = read(config)
-    options = [d.ray_actor_options for d in schema.applications[0].deployments if d.name == "Engine"]
     assert (args.replica_cpus > 0) == (schema.proxy_location == "EveryNode")
-    assert all(option.num_cpus == (args.replica_cpus or 1) for option in options)
     if args.replica_cpus:
         assert args.engine_options["num_threads"] == args.replica_cpus
 

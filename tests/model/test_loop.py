@@ -8,7 +8,7 @@ from model.config import EngineConfig
 from model.engine.engine import Engine
 from model.engine.loop import MAX_FAILED_STEPS, EngineLoop
 from model.engine.request import Request, TokenOutput
-from model.errors import InvalidRequest
+from model.errors import GroupLost, InvalidRequest
 from model.sampling.params import SamplingParams
 
 ENDLESS = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
@@ -86,6 +86,20 @@ def test_one_failed_step_ends_its_requests_and_the_loop_goes_on(running, monkeyp
     loop.submit(Request("b", [5], SamplingParams(max_tokens=3, ignore_eos=True)))
     assert len(listener.tokens("b")) == 3
     assert loop.failure is None
+
+
+def test_a_lost_part_of_the_model_ends_the_loop_and_no_request(running, monkeypatch):
+    """Who keeps the tokens of a request goes on with them elsewhere, unless it is told that the request failed."""
+    loop, listener = running
+
+    def lose(batch):
+        raise GroupLost("gone")
+
+    monkeypatch.setattr(loop.engine.runner, "forward", lose)
+    loop.submit(Request("a", [5], ENDLESS))
+    loop._thread.join(timeout=10)
+    assert isinstance(loop.failure, GroupLost)
+    assert listener.deliveries.empty()
 
 
 def test_an_idle_loop_finds_a_lost_block_and_ends(running, monkeypatch):

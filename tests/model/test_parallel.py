@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import spawn
 from model.config import EngineConfig
 from model.engine.engine import Engine
 from model.engine.request import Request
-from model.parallel import free_port, run_rank
+from model.parallel import run_rank
 from model.sampling.params import SamplingParams
 from tests.conftest import write_llama
 
@@ -71,7 +71,7 @@ def start(rank: int, init_method: str, directory: Path, file: Path) -> None:
 def test_two_processes_say_what_one_says(tmp_path):
     directory = tmp_path / "model"
     write_llama(directory, vocab_size=321)
-    spawn(start, (f"tcp://127.0.0.1:{free_port()}", directory, tmp_path / "two.json"), nprocs=2)
+    spawn(start, (f"file://{tmp_path}/store", directory, tmp_path / "two.json"), nprocs=2)
     say(tmp_path / "one.json", Engine.from_checkpoint(directory, CONFIG))
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert two["said"] == one["said"]

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from service.app import AppArgs
+from service.app import AppArgs, build
 from service.cli import app
 from tests.service.conftest import Running, start, stop, wait_until_gone, write_model
 
@@ -115,6 +115,17 @@ def test_a_key_is_printed_once_listed_by_name_and_removed(tmp_path: Path) -> Non
     assert attendant("keys", "list", *file).stdout == "team-a tokens_per_minute=600 expires=2100-01-01T00:00:00Z\n"
     attendant("keys", "remove", "team-a", *file)
     assert attendant("keys", "list", *file).stdout == ""
+
+
+def test_how_many_processes_there_are_reaches_the_application(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[AppArgs] = []
+    monkeypatch.setattr("service.serve.run", lambda args, *_, **__: served.append(args))
+    options = ["--ingresses", "3", "--tensor-parallel", "2"]
+    assert CliRunner().invoke(app, ["serve", "--model", str(tiny_model), *options]).exit_code == 0
+    assert (served[0].ingresses, served[0].tensor_parallel) == (3, 2)
+    assert build(served[0])._bound_deployment.num_replicas == 3
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,14 @@ async def test_a_key_that_has_used_its_tokens_is_told_when_to_come_back(service:
         assert (await complete(client, prompt=[5] * 40, max_tokens=500)).status_code == 200
 
 
+async def test_one_of_two_ingresses_lets_a_key_use_half_of_its_tokens(service: Service, file: Path) -> None:
+    key = keys.add(file, "team-a", tokens_per_minute=600)
+    async with client_of(service, Door(api_keys_file=str(file), ingresses=2), key) as client:
+        assert (await complete(client, prompt=[5] * 40, max_tokens=8)).status_code == 200
+        answer = await complete(client, prompt=[5] * 40, max_tokens=280)
+        assert refusal(answer, 429)["code"] == "token_rate_exceeded"
+
+
 async def test_a_prompt_beyond_the_operators_limit_is_refused(tiny_model: Path) -> None:
     async with client_of(service_with(tiny_model, Limits(max_prompt_tokens=4)), Door()) as client:
         assert refusal(await complete(client, prompt=[5] * 5), 400)["param"] == "prompt"

@@ -173,6 +173,16 @@ def test_a_refusal_says_when_there_are_tokens_enough(clock: list[float]) -> None
     used.spend(key, 150)
 
 
+def test_of_two_ingresses_each_gives_half_of_a_keys_tokens(clock: list[float]) -> None:
+    key, used = key_with(tokens_per_minute=600), Quota(max_streams=1, num_ingresses=2)
+    used.spend(key, 300)
+    with pytest.raises(Overloaded) as refused:
+        used.spend(key, 100)
+    assert refused.value.retry_after_s == 20, "100 tokens are missing, and 5 come back each second"
+    clock[0] += 20
+    used.spend(key, 100)
+
+
 def test_what_was_reserved_and_not_used_comes_back(clock: list[float]) -> None:
     key, used = key_with(tokens_per_minute=600), Quota(max_streams=1)
     used.spend(key, 600)

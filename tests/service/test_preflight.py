@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import ConfigError
-from service.preflight import check
+from service.preflight import Verdict, check
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from service.preflight import check
 def test_the_check_tells_the_dtype_and_why_it_is_not_a_faster_one(
     tiny_model: Path, options: dict[str, object], verdict: str
 ) -> None:
-    assert check(tiny_model, {"device": "cpu", **options}) == verdict
+    assert check(tiny_model, {"device": "cpu", **options}) == Verdict(verdict, "cpu")
 
 
 @pytest.mark.parametrize(
