@@ -12,7 +12,7 @@ import httpx
 
 @dataclass
 class Story:
-    """What one stream gave. `status` 0: the connection broke before an answer."""
+    """What one stream gave. `status` 0: the connection broke before an answer. num_moves: for one with a receipt."""
 
     status: int = 0
     text: str = ""
@@ -22,6 +22,7 @@ class Story:
     headers: dict[str, str] = field(default_factory=dict)
     asked_at: float = 0.0
     answered_at: float = 0.0
+    num_moves: int = 0
     arrivals: list[float] = field(default_factory=list)
 
     @property
@@ -84,3 +85,5 @@ def _take(story: Story, data: str) -> None:
     elif event["choices"]:
         story.text += event["choices"][0]["text"]
         story.finish_reason = event["choices"][0]["finish_reason"]
+    if "receipt" in event:
+        story.num_moves = event["receipt"]["resumes"]
