@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.service.conftest import Running
 
@@ -85,14 +86,22 @@ async def until(condition: Callable[[], object], seconds: float) -> None:
             await asyncio.sleep(0.1)
 
 
+def steps_taken(running: Running) -> dict[str, float]:
+    """By engine."""
+    families = text_string_to_metric_families(httpx.get(f"{running.url}/metrics", timeout=10).text)
+    samples = (sample for family in families for sample in family.samples)
+    return {s.labels["replica"]: s.value for s in samples if s.name == "attendant_iteration_tokens_count"}
+
+
 async def until_engines(running: Running, number: int) -> None:
-    """Wait until so many engines answer: a process that has only been started is none yet."""
-
-    def are_there() -> bool:
-        answering = running.metrics()["attendant_engine_replicas_answering"]
-        return answering == number == len(running.engine_processes())
-
-    await until(are_there, 60)
+    """Wait until so many engines get work: one that has only been started, or is not trusted yet, gets none."""
+    async with asyncio.timeout(60):
+        while True:
+            before = await asyncio.to_thread(steps_taken, running)
+            await tell_all(running, 4 * number, 2)
+            after = await asyncio.to_thread(steps_taken, running)
+            if sum(after[replica] > before.get(replica, 0) for replica in after) == number:
+                return
 
 
 def same(told: list[Told], undisturbed: list[Told]) -> int:

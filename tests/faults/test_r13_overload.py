@@ -28,13 +28,14 @@ class Answer:
 
     status: int
     retry_after: str | None
-    seconds: float
+    asked_at: float
+    answered_at: float
 
 
 async def ask_once(client: httpx.AsyncClient, model: str, number: int) -> Answer:
     began = time.perf_counter()
     answer = await client.post("/v1/completions", json=body(model, number, TOKENS, stream=False))
-    return Answer(answer.status_code, answer.headers.get("retry-after"), time.perf_counter() - began)
+    return Answer(answer.status_code, answer.headers.get("retry-after"), began, time.perf_counter())
 
 
 async def peak_of(client: httpx.AsyncClient, model: str) -> float:
@@ -67,20 +68,23 @@ async def test_an_overloaded_service_says_so_at_once_and_does_its_work(small: Ru
     async with httpx.AsyncClient(base_url=small.url, timeout=120, limits=room) as client:
         peak = await peak_of(client, small.model)
         await settled(small, 20)
-        began = time.perf_counter()
         answers = await offered(client, small.model, OVERLOAD * peak, SECONDS)
-        took = time.perf_counter() - began
+        await settled(small, 20)
+        if FULL:  # machines do not always run at the same speed
+            peak = (peak + await peak_of(client, small.model)) / 2
     refused = [answer for answer in answers if answer.status in (429, 503)]
-    num_served = sum(answer.status == 200 for answer in answers)
+    served = [answer.answered_at for answer in answers if answer.status == 200]
     statuses = Counter(answer.status for answer in answers)
     # 503: no engine took it within ten seconds, on a machine that stands still.
     assert statuses.keys() <= {200, 429, 503}, f"nobody fails: {statuses}"
     assert len(refused) > len(answers) / 2
-    assert num_served >= MAX_RUNNING + MAX_WAITING
+    assert len(served) >= MAX_RUNNING + MAX_WAITING
     assert all(1 <= int(answer.retry_after or 0) <= 600 for answer in refused)
-    waits = sorted(answer.seconds for answer in refused)
+    waits = sorted(answer.answered_at - answer.asked_at for answer in refused)
     p50, p99 = (1000 * waits[int(len(waits) * share)] for share in (0.5, 0.99))
-    goodput = num_served / took / peak
+    # What the queue still holds behind the last of them is served without overload.
+    began, ended = answers[0].asked_at, answers[-1].asked_at
+    goodput = sum(answered_at < ended for answered_at in served) / (ended - began) / peak
     print(f"peak {peak:.1f}/s, offered {OVERLOAD * peak:.0f}/s: 429 after {p50:.1f} ms p50, {p99:.1f} ms p99")
     print(f"goodput {goodput:.0%} of the peak")
     if FULL:

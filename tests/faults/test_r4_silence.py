@@ -26,9 +26,9 @@ async def num_resumes(running: Running) -> float:
 
 
 async def test_streams_of_a_replica_that_stands_still_go_on_elsewhere(fleet: Running) -> None:
-    await until_engines(fleet, 2)
     undisturbed = await tell_all(fleet, STREAMS, TOKENS)
     for _ in range(scaled(1, 5)):
+        await until_engines(fleet, 2)
         victim, *_ = fleet.engine_processes()
         resumes = await num_resumes(fleet)
         awake = asyncio.Event()
