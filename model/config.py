@@ -15,7 +15,7 @@ Norm = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "both"]
 QKNorm = Literal["none", "head", "projection"]
 Kernels = Literal["auto", "torch", "native", "triton"]
-CacheDtype = Literal["auto", "fp8"]
+CacheDtype = Literal["auto", "fp8", "int8"]
 RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -241,7 +241,8 @@ class EngineConfig:
     overlap: launch a step before the host has read what the one before it gave; None: on a GPU.
     cuda_graphs: capture decode steps at the start and replay them; None: on a GPU, where the model can be captured.
     gpu_memory_utilization: the part of a GPU's memory that weights, steps and cache may take together; None: 0.9.
-    kv_cache_dtype: `auto`: as the kernels like it; `fp8` (e4m3): half of bf16's bytes, for Triton's kernels.
+    kv_cache_dtype: `auto`: as the kernels like it; in half of bf16's bytes, `fp8` (e4m3) for Triton's kernels, and
+        `int8`, with a scale for each key and each value, for native ones.
     kernels: what computes a step: `native` (on the CPU, in bf16 or int8), `triton` (on a GPU), `torch`, or whichever is
         faster and possible.
     """
@@ -269,6 +270,7 @@ class EngineConfig:
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, CacheDtype)
         _check_choice("dtype", self.dtype, Dtype)
         _check_choice("device", self.device, Device)
+        self._check_int8_cache()
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "speculation_max_seqs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -295,6 +297,16 @@ class EngineConfig:
             raise ConfigError(f"gpu_memory_utilization must lie in (0, 1], not {share}")
         if self.kv_cache_tokens is not None:
             raise ConfigError("gpu_memory_utilization and kv_cache_tokens both say how large the cache is: give one")
+
+    def _check_int8_cache(self) -> None:
+        if self.kv_cache_dtype != "int8":
+            return
+        for name, value in (("dtype", "fp32"), ("device", "cuda"), ("kernels", "torch"), ("kernels", "triton")):
+            if getattr(self, name) == value:
+                raise ConfigError(
+                    f"kv_cache_dtype 'int8' is for native kernels, on the CPU in bf16 or int8, "
+                    f"and {name} is {value!r}; leave one of them out"
+                )
 
     def overlaps(self, device: str) -> bool:
         """Whether steps overlap on a device of this type."""

@@ -157,10 +157,9 @@ def check_gpu() -> Finding:
 
 def check_model(patient: Patient) -> Iterator[Finding]:
     """Whole and of a known kind; then how large its cache would be, and whether both fit."""
-    from model.cache.pool import bytes_per_token
     from model.checkpoint import inspect_checkpoint
     from model.config import EngineConfig
-    from model.engine.memory import for_serving, resolve_device, resolve_dtype, size_cache
+    from model.engine.memory import expected_block_bytes, for_serving, resolve_device, resolve_dtype, size_cache
     from model.kernels.cpu.build import find_built
     from model.text.chat_template import ChatTemplate
     from model.text.tokenizer import Tokenizer
@@ -184,12 +183,12 @@ def check_model(patient: Patient) -> Iterator[Finding]:
             config, slow_because = for_serving(checkpoint.config, config)
         device = resolve_device(config)
         dtype = resolve_dtype(config.dtype, device)
-        max_model_len, num_blocks = size_cache(checkpoint.config, config, dtype, device)
+        block_bytes = expected_block_bytes(checkpoint.config, config, device)
+        max_model_len, num_blocks = size_cache(checkpoint.config, config, block_bytes, device)
     except AttendantError as error:
         yield Finding("cache", "bad", str(error), "change the option that is named, or leave it out")
         return
-    tokens = num_blocks * config.block_size
-    cache = tokens * bytes_per_token(checkpoint.config, dtype)
+    tokens, cache = num_blocks * config.block_size, num_blocks * block_bytes
     yield Finding("cache", "ok", f"{tokens} tokens, {cache / GIB:.2f} GiB; requests of up to {max_model_len}")
     numbers = str(dtype).removeprefix("torch.") if config.dtype != "int8" else "int8"
     why = "" if slow_because is None else f"; torch computes: {slow_because.splitlines()[0]}"

@@ -147,7 +147,7 @@ def facts(engine: "Engine") -> tuple[dict[str, object], dict[str, object]]:
         "block_size": config.block_size,
         "num_blocks": num_blocks,
         "num_tokens": num_blocks * config.block_size,
-        "cache_dtype": str(pool.keys.dtype).removeprefix("torch."),
+        "cache_dtype": str(pool.dtype).removeprefix("torch."),
         "prefix_caching": config.prefix_cache,
     }
     return model, cache

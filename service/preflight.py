@@ -34,7 +34,7 @@ def check(directory: Path, engine_options: Mapping[str, Any], num_ranks: int = 1
 
     from model.checkpoint import inspect_checkpoint
     from model.config import EngineConfig
-    from model.engine.memory import for_serving, resolve_device, resolve_dtype, size_cache
+    from model.engine.memory import expected_block_bytes, for_serving, resolve_device, resolve_dtype, size_cache
     from model.errors import ConfigError
     from model.parallel import check_split
     from model.text.chat_template import ChatTemplate
@@ -56,7 +56,7 @@ def check(directory: Path, engine_options: Mapping[str, Any], num_ranks: int = 1
             f"{max_ranks} GPUs are needed, one for each process of an engine, and there are "
             f"{torch.cuda.device_count()}: fewer replicas, or a smaller tensor_parallel"
         )
-    size_cache(model, config, dtype, device)
+    size_cache(model, config, expected_block_bytes(model, config, device), device)
     name = config.dtype if config.dtype != "auto" else "bf16" if dtype == torch.bfloat16 else "fp32"
     return Verdict(name if reason is None else f"{name} on torch ({reason.partition(chr(10))[0]})", device.type)
 

@@ -61,7 +61,7 @@ def measure_dtype(
     answers = measure(engine, asks, args.rounds)
     rows = []
     for ask in asks:
-        row = summarize(engine.model_config, machine, dtype, ask, answers[ask])
+        row = summarize(engine.model_config, machine, dtype, ask, answers[ask], args.kv_cache_dtype)
         rows.append(row | {"rounds": [asdict(answer) for answer in answers[ask]]})
         report.print_row(
             dtype,
@@ -135,19 +135,26 @@ def measure_round(engine: Engine, ask: Ask) -> Answer:
 
 
 def summarize(
-    model: ModelConfig, machine: roofline.Machine, dtype: str, ask: Ask, answers: list[Answer]
+    model: ModelConfig,
+    machine: roofline.Machine,
+    dtype: str,
+    ask: Ask,
+    answers: list[Answer],
+    cache: CacheDtype = "auto",
 ) -> dict[str, Any]:
     """Medians in tokens a second, and the part of the roofline that they are."""
     decode = statistics.median(answer.decode_rate() for answer in answers)
     prefill = statistics.median(answer.prefill_rate(ask) for answer in answers)
     context = ask.prompt_tokens + ask.output_tokens // 2  # half-way through the round
+    ceiling = roofline.decode_ceiling(model, machine, dtype, ask.batch, context, cache)
     return {
         "dtype": dtype,
+        "kv_cache_dtype": cache,
         "batch": ask.batch,
         "context": ask.prompt_tokens,
         "prefill": prefill,
         "prefill_of_roofline": prefill / roofline.prefill_ceiling(model, machine, dtype, ask.batch, ask.prompt_tokens),
         "decode": decode,
-        "decode_of_roofline": decode / roofline.decode_ceiling(model, machine, dtype, ask.batch, context),
+        "decode_of_roofline": decode / ceiling,
         "end_to_end": statistics.median(answer.rate(ask) for answer in answers),
     }

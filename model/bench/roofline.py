@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 
 from model.bench import report
-from model.config import ModelConfig
+from model.config import CacheDtype, ModelConfig
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
-CACHE_BYTES = {"fp32": 4, "bf16": 2, "int8": 2}  # what a cache needs for that kind of weights, whatever an engine takes
+CACHE_BYTES = {
+    "fp32": 4,
+    "bf16": 2,
+    "int8": 2,
+    "fp8": 1,
+}  # what a cache needs for that kind of weights, or is asked for
 ATTENTION = {"fp32": "fp32", "bf16": "bf16", "int8": "bf16"}  # the products that attention is computed in
 STREAM_BYTES = 512 << 20
 SIZES = (512, 1024, 2048)
@@ -75,12 +80,18 @@ def head_weights(model: ModelConfig) -> int:
     return model.vocab_size * model.hidden_size
 
 
-def decode_work(model: ModelConfig, dtype: str, batch: int, context: int) -> Work:
+def cache_bytes(model: ModelConfig, dtype: str, cache: CacheDtype) -> float:
+    """Of a number in the cache: in int8 with its part of the scale."""
+    return 1 + 2 / model.head_dim if cache == "int8" else CACHE_BYTES[dtype if cache == "auto" else cache]
+
+
+def decode_work(model: ModelConfig, dtype: str, batch: int, context: int, cache: CacheDtype = "auto") -> Work:
     """One decode step of `batch` requests, each over `context` tokens of cache."""
     weights = layer_weights(model) + head_weights(model)
     seen = batch * attended(model, context)
+    numbers = 2 * model.num_kv_heads * model.head_dim * seen
     return Work(
-        read_bytes=WEIGHT_BYTES[dtype] * weights + CACHE_BYTES[dtype] * 2 * model.num_kv_heads * model.head_dim * seen,
+        read_bytes=WEIGHT_BYTES[dtype] * weights + cache_bytes(model, dtype, cache) * numbers,
         linear=2 * weights * batch,
         attention=4 * model.num_heads * model.head_dim * seen,
     )
@@ -97,9 +108,11 @@ def prefill_work(model: ModelConfig, dtype: str, batch: int, length: int) -> Wor
     )
 
 
-def decode_ceiling(model: ModelConfig, machine: Machine, dtype: str, batch: int, context: int) -> float:
+def decode_ceiling(
+    model: ModelConfig, machine: Machine, dtype: str, batch: int, context: int, cache: CacheDtype = "auto"
+) -> float:
     """Tokens a second that no engine can pass here."""
-    return batch / decode_work(model, dtype, batch, context).seconds(machine, dtype)
+    return batch / decode_work(model, dtype, batch, context, cache).seconds(machine, dtype)
 
 
 def prefill_ceiling(model: ModelConfig, machine: Machine, dtype: str, batch: int, length: int) -> float:

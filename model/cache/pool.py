@@ -28,7 +28,7 @@ class KVPool:
         self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (config.num_layers, (num_blocks + 1) * block_size, config.num_kv_heads, config.head_dim)
-        self.block_size = block_size
+        self.block_size, self.dtype = block_size, dtype
         self.keys = _zeros(shape, dtype, device)
         self.values = _zeros(shape, dtype, device)
 

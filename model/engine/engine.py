@@ -54,11 +54,11 @@ class Engine:
         self.model_config = decoder.config
         self.device = weight.device
         model, kernels = decoder.config, choose_kernels(decoder, config)
-        dtype, device = kernels.cache_dtype(decoder, config), weight.device
+        block_bytes, device = kernels.block_bytes(decoder, config), weight.device
         # Also where the cache's size is given: the step that is measured compiles what a first request would wait for.
         measured = device.type == "cuda" and group is None
         spare = spare_bytes(decoder, config, kernels, CudaMemory(device)) if measured else None
-        self.max_model_len, num_blocks = size_cache(model, config, dtype, device, spare)
+        self.max_model_len, num_blocks = size_cache(model, config, block_bytes, device, spare)
         self.scheduler = Scheduler(config, num_blocks, model.eos_token_ids, model.longest_sharing_prompt)
         compute = lead(kernels, decoder, config, num_blocks, group)
         self.runner = Runner(compute, transfers_for(weight.device))

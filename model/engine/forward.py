@@ -13,14 +13,15 @@ from model.attention.deterministic import DeterministicAttention
 from model.attention.gathered import GatheredAttention
 from model.attention.plan import AttentionPlan
 from model.attention.scores import Attend
-from model.cache.packed import PackedPool
-from model.cache.pool import FP8, KVPool
+from model.cache.packed import PackedPool, packed_block_bytes
+from model.cache.pool import FP8, KVPool, bytes_per_token
 from model.config import EngineConfig, ModelConfig
 from model.decoder import Decoder, DecoderLayer
 from model.engine.batch import Batch
 from model.engine.graphs import DecodeGraphs, Inputs, Outputs, capture_for
+from model.engine.memory import no_int8_cache
 from model.errors import ConfigError
-from model.kernels.cpu.step import NativeStep, why_not
+from model.kernels.cpu.step import NativeStep, native_cache_dtype, why_not
 from model.layers import Int8Linear, replace_linears
 from model.sampling.sampler import Early
 
@@ -74,9 +75,9 @@ class TorchForward:
         self._attention = DeterministicAttention if config.deterministic else GatheredAttention
 
     @staticmethod
-    def cache_dtype(decoder: Decoder, config: EngineConfig) -> torch.dtype:
-        """Of keys and values."""
-        return decoder.embedding.dtype
+    def block_bytes(decoder: Decoder, config: EngineConfig) -> int:
+        """Of keys and values over all layers."""
+        return config.block_size * bytes_per_token(decoder.config, decoder.embedding.dtype)
 
     def plan_arrays(self, plan: AttentionPlan) -> Sequence[NDArray[Any]]:
         """See `Forward`. It moves what it needs itself."""
@@ -100,7 +101,7 @@ class NativeForward:
 
     def __init__(self, decoder: Decoder, config: EngineConfig, num_blocks: int) -> None:
         self.config = decoder.config
-        pool = PackedPool(decoder.config, num_blocks, config.block_size)
+        pool = PackedPool(decoder.config, num_blocks, config.block_size, native_cache_dtype(config))
         self.pool = pool
         self._scores = [layer.scores for layer in decoder.layers if isinstance(layer, DecoderLayer)]
         max_tokens, num_threads = config.max_num_batched_tokens, config.num_threads
@@ -111,9 +112,9 @@ class NativeForward:
         torch.set_num_threads(1)
 
     @staticmethod
-    def cache_dtype(decoder: Decoder, config: EngineConfig) -> torch.dtype:
-        """Of keys and values."""
-        return torch.bfloat16
+    def block_bytes(decoder: Decoder, config: EngineConfig) -> int:
+        """Of keys and values over all layers."""
+        return packed_block_bytes(decoder.config, config.block_size, native_cache_dtype(config))
 
     def plan_arrays(self, plan: AttentionPlan) -> Sequence[NDArray[Any]]:
         """See `Forward`. It moves what it needs itself."""
@@ -144,15 +145,19 @@ class TritonForward:
         replace_linears(decoder, WeightInt8Linear, Int8Linear)
         self.config, self.logits = decoder.config, decoder.logits
         weight = decoder.embedding
-        dtype = self.cache_dtype(decoder, config)
+        dtype = self._cache_dtype(decoder, config)
         pool = KVPool(decoder.config, num_blocks, config.block_size, dtype, weight.device)
         self.pool = pool
         self._step = FusedStep(decoder, pool)
         self._graphs = self._capture(decoder, config, pool)
 
     @staticmethod
-    def cache_dtype(decoder: Decoder, config: EngineConfig) -> torch.dtype:
-        """Of keys and values."""
+    def block_bytes(decoder: Decoder, config: EngineConfig) -> int:
+        """Of keys and values over all layers."""
+        return config.block_size * bytes_per_token(decoder.config, TritonForward._cache_dtype(decoder, config))
+
+    @staticmethod
+    def _cache_dtype(decoder: Decoder, config: EngineConfig) -> torch.dtype:
         return FP8 if config.kv_cache_dtype == "fp8" else decoder.embedding.dtype
 
     @staticmethod
@@ -225,6 +230,8 @@ def choose_kernels(
         raise ConfigError("kv_cache_dtype 'fp8' is for Triton's kernels, on a GPU; use 'auto'")
     if config.cuda_graphs and kind is not TritonForward:
         raise ConfigError("cuda_graphs are of Triton's kernels, which do not run this model here; leave it out")
+    if config.kv_cache_dtype == "int8" and kind is not NativeForward:
+        raise no_int8_cache(why_not(decoder, config) or "others were asked for")
     return kind
 
 

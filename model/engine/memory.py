@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import torch
 
-from model.cache.pool import bytes_per_token
+from model.cache.packed import packed_block_bytes
+from model.cache.pool import FP8, bytes_per_token
 from model.config import Dtype, EngineConfig, ModelConfig
 from model.errors import ConfigError
-from model.kernels.cpu.step import why_never
+from model.kernels.cpu.step import native_cache_dtype, why_never
 
 # Of the memory that is there, for keys and values. The CPU's is shared with everything else on the machine.
 CPU_SHARE = 0.1
@@ -29,6 +30,8 @@ def resolve_device(config: EngineConfig) -> torch.device:
     if config.device == "cuda" and not available:
         raise ConfigError("device 'cuda' was asked for, but torch sees no CUDA device here; use 'cpu' or 'auto'")
     if available and config.device != "cpu":
+        if config.kv_cache_dtype == "int8":
+            raise ConfigError("kv_cache_dtype 'int8' is for the CPU, and the engine runs on a GPU; use 'fp8' or 'auto'")
         return torch.device("cuda")
     of_gpus_alone = {
         "gpu_memory_utilization": config.gpu_memory_utilization is not None,
@@ -59,9 +62,13 @@ def for_serving(model: ModelConfig, config: EngineConfig, cores: int | None = No
     cores: that it shares with nobody but the HTTP before it. Where `config` leaves the threads open, the native step
     has one on each: who has lost its core there holds up little. Torch's threads wait for one another, and get half of
     the cores. Measured on two: docs/benchmarks.md.
+
+    Raises `ConfigError` for a cache that only the native step has, where it cannot run.
     """
     may_be_native = config.dtype != "fp32" and resolve_device(config).type == "cpu"
     reason = _why_torch(model, config) if may_be_native else None
+    if reason is not None and config.kv_cache_dtype == "int8":
+        raise no_int8_cache(reason)
     is_native = may_be_native and reason is None
     was_open = config.dtype == "auto"
     if is_native and was_open:
@@ -76,23 +83,38 @@ def _why_torch(model: ModelConfig, config: EngineConfig) -> str | None:
     return "kernels of torch were asked for" if config.kernels == "torch" else why_never(model, config)
 
 
+def no_int8_cache(reason: str) -> ConfigError:
+    """What to say where the native step cannot run, and why."""
+    return ConfigError(f"kv_cache_dtype 'int8' is for native kernels, which cannot run here: {reason}; use 'auto'")
+
+
+def expected_block_bytes(model: ModelConfig, config: EngineConfig, device: torch.device) -> int:
+    """Bytes of a block of the cache over all layers, if the kernels for these settings can run this model: nothing is
+    loaded or built to find out.
+    """
+    if device.type == "cpu" and config.dtype in ("bf16", "int8") and config.kernels != "torch":
+        return packed_block_bytes(model, config.block_size, native_cache_dtype(config))
+    dtype = FP8 if config.kv_cache_dtype == "fp8" else resolve_dtype(config.dtype, device)
+    return config.block_size * bytes_per_token(model, dtype)
+
+
 def size_cache(
-    model: ModelConfig, config: EngineConfig, dtype: torch.dtype, device: torch.device, spare: int | None = None
+    model: ModelConfig, config: EngineConfig, block_bytes: int, device: torch.device, spare: int | None = None
 ) -> tuple[int, int]:
     """(max_model_len, num_blocks): every admitted request fits the cache alone, so the oldest one can always finish.
 
-    spare: bytes that the cache may take, where that was measured. Raises `ConfigError` where what was asked for cannot
-    be so.
+    block_bytes: what a block takes over all layers. spare: bytes that the cache may take, where that was measured.
+    Raises `ConfigError` where what was asked for cannot be so.
     """
     tokens = config.kv_cache_tokens
     if tokens is None:
         num_bytes = _memory_for_cache(config, device) if spare is None else spare
-        affordable = num_bytes // bytes_per_token(model, dtype)
+        affordable = num_bytes // block_bytes * config.block_size
         tokens = min(affordable, config.max_num_seqs * (config.max_model_len or model.max_position_embeddings))
-    elif spare is not None and (taken := tokens * bytes_per_token(model, dtype)) > spare:
+    elif spare is not None and (taken := tokens * block_bytes // config.block_size) > spare:
         raise ConfigError(
             f"a cache of {tokens} tokens takes {gib(taken)}, and {gib(spare)} are left for it: "
-            f"lower kv_cache_tokens to at most {spare // bytes_per_token(model, dtype)}"
+            f"lower kv_cache_tokens to at most {spare * config.block_size // block_bytes}"
         )
     num_blocks = tokens // config.block_size
     capacity = num_blocks * config.block_size

@@ -143,10 +143,11 @@ def folded(request, tmp_path_factory):
     return decoder, directory
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
-def test_native_kernels_show_the_same_as_the_equations_as_far_as_they_round(folded, dtype):
+@pytest.mark.parametrize(("dtype", "cache"), [("bf16", "auto"), ("int8", "auto"), ("bf16", "int8")])
+def test_native_kernels_show_the_same_as_the_equations_as_far_as_they_round(folded, dtype, cache):
     decoder, directory = folded
-    engine = Engine.from_checkpoint(directory, EngineConfig(**SMALL, dtype=dtype, kernels="native"))
+    options = EngineConfig(**SMALL, dtype=dtype, kernels="native", kv_cache_dtype=cache)
+    engine = Engine.from_checkpoint(directory, options)
     found = look(engine, asking(4))
     for request in asking(4):
         shown = found[request.request_id]

@@ -91,10 +91,10 @@ def test_other_dtypes_are_as_deterministic(tiny_llama, dtype):
     assert logprobs(new_engine(tiny_llama[0], dtype=dtype), make()) == alone
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
-def test_native_kernels_are_as_deterministic_without_being_asked(tiny_llama, dtype):
+@pytest.mark.parametrize(("dtype", "cache"), [("bf16", "auto"), ("int8", "auto"), ("int8", "int8")])
+def test_native_kernels_are_as_deterministic_without_being_asked(tiny_llama, dtype, cache):
     rng = random.Random(2)
-    options = {"dtype": dtype, "kernels": "native", "deterministic": False}
+    options = {"dtype": dtype, "kernels": "native", "deterministic": False, "kv_cache_dtype": cache}
     lone, alone = new_engine(tiny_llama[0], prefix_cache=False, num_threads=1, **options), {}
     for request in random_requests(40, seed=6):
         alone |= logprobs(lone, [request])

@@ -26,6 +26,7 @@ if LIBRARY:
     library.load = lambda: NATIVE
 
 NUM_BLOCKS = 96
+OF_NAN = 255  # a byte: bf16 of such bytes is NaN, and so is every scale
 
 
 def tiny(**changes: object) -> ModelConfig:
@@ -56,12 +57,19 @@ def new_decoder(config: ModelConfig, dtype: str, seed: int = 0) -> Decoder:
 class Scene:
     """A native step over a cache full of NaN, the same decoder in fp32 torch, and some sequences of random tokens."""
 
-    def __init__(self, config: ModelConfig, dtype: str, *, block_size: int = 16, **options: object) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: str,
+        *,
+        cache: torch.dtype = torch.bfloat16,
+        block_size: int = 16,
+        **options: object,
+    ) -> None:
         decoder = new_decoder(config, dtype)
         self.twin = copy.deepcopy(decoder).float()
-        self.pool = PackedPool(config, NUM_BLOCKS, block_size)
-        self.pool.keys[:, 1:] = torch.nan
-        self.pool.values[:, 1:] = torch.nan
+        self.pool = PackedPool(config, NUM_BLOCKS, block_size, cache)
+        self.pool.memory[:, 1:] = OF_NAN
         self.twin_pool = KVPool(config, NUM_BLOCKS, block_size, torch.float32, torch.device("cpu"))
         self.step = NativeStep(decoder, self.pool, **({"max_tokens": 512, "num_threads": 2} | options))
         self.free = (torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1)) + 1).tolist()

@@ -14,7 +14,7 @@ from model.bench.engine import measure_round
 from model.bench.rounds import Answer, Ask
 from model.bench.workers.llama_cpp import read_answer
 from model.checkpoint import inspect_checkpoint
-from model.config import EngineConfig, ModelConfig
+from model.config import CacheDtype, EngineConfig, ModelConfig
 from model.engine.engine import Engine
 
 pytestmark = pytest.mark.fast
@@ -69,6 +69,15 @@ def test_a_decode_step_reads_every_weight_once_and_the_cache_of_every_request(dt
     assert alone.linear == 2 * LINEAR
     cache = roofline.decode_work(SMOLLM2, dtype, batch=8, context=100).read_bytes - alone.read_bytes
     assert cache == 8 * 100 * 30 * 2 * 3 * 64 * (4 if dtype == "fp32" else 2)
+
+
+def test_a_number_of_an_int8_cache_takes_a_byte_and_its_part_of_a_scale():
+    def cache(kind: CacheDtype) -> float:
+        return roofline.decode_work(SMOLLM2, "int8", batch=8, context=100, cache=kind).read_bytes - LINEAR
+
+    assert cache("int8") == 8 * 100 * 30 * 2 * 3 * (64 + 2)
+    assert cache("fp8") == 8 * 100 * 30 * 2 * 3 * 64
+    assert cache("auto") == 8 * 100 * 30 * 2 * 3 * 64 * 2
 
 
 def test_prefill_puts_only_one_row_a_prompt_through_the_head():

@@ -38,19 +38,33 @@ def perplexity(engine: Engine, stories: list[list[int]]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "kernels"), [("int8", "native"), ("int8", "torch"), ("bf16", "native")])
-def test_perplexity_on_held_out_stories_is_within_half_a_percent_of_fp32(storyteller, dtype, kernels):
+@pytest.mark.parametrize(
+    ("dtype", "kernels", "cache"),
+    [
+        ("int8", "native", "auto"),
+        ("int8", "torch", "auto"),
+        ("bf16", "native", "auto"),
+        ("int8", "native", "int8"),
+        ("bf16", "native", "int8"),
+    ],
+)
+def test_perplexity_on_held_out_stories_is_within_half_a_percent_of_fp32(storyteller, dtype, kernels, cache):
     stories = documents(storyteller, 24)
     exact = perplexity(new_engine(storyteller, "fp32"), stories)
-    quantized = perplexity(new_engine(storyteller, dtype, kernels), stories)
-    print(f"perplexity {exact:.4f} in fp32, {quantized:.4f} in {dtype} ({kernels}): {quantized / exact - 1:+.3%}")
+    quantized = perplexity(new_engine(storyteller, dtype, kernels, kv_cache_dtype=cache), stories)
+    change = f"{quantized / exact - 1:+.3%}"
+    print(f"perplexity {exact:.4f} in fp32, {quantized:.4f} in {dtype} ({kernels}, cache {cache}): {change}")
     assert abs(quantized / exact - 1) < 0.005
 
 
 @pytest.mark.slow
-def test_greedy_choices_mostly_agree_with_those_of_fp32(storyteller):
+@pytest.mark.parametrize(("dtype", "cache"), [("int8", "auto"), ("int8", "int8"), ("bf16", "int8")])
+def test_greedy_choices_mostly_agree_with_those_of_fp32(storyteller, dtype, cache):
     """Choice by choice on the text that fp32 writes, so that one difference does not count for all that follow."""
-    exact, quantized = new_engine(storyteller, "fp32"), new_engine(storyteller, "int8", "native")
+    exact, quantized = (
+        new_engine(storyteller, "fp32"),
+        new_engine(storyteller, dtype, "native", kv_cache_dtype=cache),
+    )
     agreed = total = 0
     one = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
     for i, story in enumerate(documents(storyteller, 8)):
@@ -59,12 +73,13 @@ def test_greedy_choices_mostly_agree_with_those_of_fp32(storyteller):
         for token_id, item in zip(written, output.prompt_logprobs[60:], strict=True):
             agreed += item.top[0][0] == token_id
             total += 1
-    print(f"greedy agreement: {agreed} of {total}")
+    print(f"greedy agreement of {dtype}, cache {cache}: {agreed} of {total}")
     assert agreed / total > 0.9
 
 
-def test_a_requests_logits_do_not_change_with_its_neighbours(storyteller):
-    engine = new_engine(storyteller, "int8", "native")
+@pytest.mark.parametrize("cache", ["auto", "int8"])
+def test_a_requests_logits_do_not_change_with_its_neighbours(storyteller, cache):
+    engine = new_engine(storyteller, "int8", "native", kv_cache_dtype=cache)
     prompts = [[0, *range(5 + i, 40 + 3 * i)] for i in range(6)]
     params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, logprobs=5)
 

@@ -1,17 +1,21 @@
 """How large the cache of a device becomes, and what is said where something does not fit: on a made-up device."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from model.cache.packed import PackedPool, packed_block_bytes
 from model.checkpoint import inspect_checkpoint, load_checkpoint
 from model.config import EngineConfig
+from model.engine.engine import Engine
 from model.engine.forward import TorchForward, TritonForward
 from model.engine.graphs import partial_bytes, reserved_bytes
-from model.engine.memory import check_weights_fit, size_cache
+from model.engine.memory import check_weights_fit, expected_block_bytes, resolve_device, size_cache
 from model.engine.worst_case import spare_bytes, step_peak, worst_prompts
 from model.errors import ConfigError
+from tests.model.native_scene import tiny
 
 pytestmark = pytest.mark.fast
 
@@ -61,12 +65,38 @@ def test_graphs_are_reserved_for_where_they_are_captured(decoder):
 def test_the_spare_memory_becomes_blocks_that_fit_into_it(decoder):
     model, config = decoder.config, EngineConfig(max_num_seqs=64, block_size=16)
     token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 4
-    assert size_cache(model, config, torch.float32, CPU, spare=100 * token) == (96, 6)
-    assert size_cache(model, EngineConfig(kv_cache_tokens=100), torch.float32, CPU, spare=100 * token) == (96, 6)
+    assert TorchForward.block_bytes(decoder, config) == 16 * token
+    assert size_cache(model, config, 16 * token, CPU, spare=100 * token) == (96, 6)
+    assert size_cache(model, EngineConfig(kv_cache_tokens=100), 16 * token, CPU, spare=100 * token) == (96, 6)
     with pytest.raises(ConfigError, match=r"a cache of 101 tokens takes .* lower kv_cache_tokens to at most 100"):
-        size_cache(model, EngineConfig(kv_cache_tokens=101), torch.float32, CPU, spare=100 * token)
+        size_cache(model, EngineConfig(kv_cache_tokens=101), 16 * token, CPU, spare=100 * token)
     with pytest.raises(ConfigError, match="lower max_model_len to at most 96"):
-        size_cache(model, EngineConfig(max_model_len=128), torch.float32, CPU, spare=100 * token)
+        size_cache(model, EngineConfig(max_model_len=128), 16 * token, CPU, spare=100 * token)
+
+
+@pytest.mark.parametrize(("block_size", "head_dim"), [(4, 10), (16, 64), (48, 80)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_a_block_of_the_native_cache_is_counted_with_its_padding_and_its_scales(block_size, head_dim, dtype):
+    model = tiny(num_kv_heads=2, head_dim=head_dim)
+    pool = PackedPool(model, 5, block_size, dtype)
+    assert (5 + 1) * packed_block_bytes(model, block_size, dtype) == pool.memory.nbytes
+
+
+def test_an_int8_cache_holds_nearly_twice_the_tokens_of_one_in_bf16():
+    model, config = tiny(head_dim=64), EngineConfig(dtype="bf16", max_num_seqs=512)
+    sizes = [
+        size_cache(model, kind, expected_block_bytes(model, kind, CPU), CPU, spare=2**24)[1]
+        for kind in (config, replace(config, kv_cache_dtype="int8"))
+    ]
+    assert 1.9 < sizes[1] / sizes[0] < 2.0
+
+
+@pytest.mark.parametrize("cache", ["auto", "int8"])
+def test_what_is_expected_of_a_cache_before_loading_is_what_the_engine_has(tiny_llama, cache):
+    config = EngineConfig(dtype="int8", device="cpu", kv_cache_dtype=cache)
+    engine = Engine.from_checkpoint(tiny_llama[0], config)
+    expected = expected_block_bytes(engine.model_config, config, CPU)
+    assert engine.runner.compute.pool.memory.nbytes == (engine.scheduler.blocks.num_blocks + 1) * expected
 
 
 def test_where_nothing_is_left_it_says_who_took_it_and_what_to_lower(decoder):
@@ -127,3 +157,19 @@ def test_a_share_of_memory_lies_between_none_and_all():
 def test_the_cache_has_one_size():
     with pytest.raises(ConfigError, match="both say how large the cache is"):
         EngineConfig(gpu_memory_utilization=0.5, kv_cache_tokens=100)
+
+
+def test_an_int8_cache_is_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="kv_cache_dtype 'int8' is for the CPU"):
+        resolve_device(EngineConfig(kv_cache_dtype="int8"))
+    assert resolve_device(EngineConfig(kv_cache_dtype="int8", device="cpu")) == CPU
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "fp32"}, {"kernels": "torch"}, {"kernels": "triton"}, {"device": "cuda"}]
+)
+def test_an_int8_cache_is_refused_beside_what_excludes_native_kernels(options):
+    (name,) = options
+    with pytest.raises(ConfigError, match=rf"kv_cache_dtype 'int8' is for native kernels.*{name} is"):
+        EngineConfig(kv_cache_dtype="int8", **options)

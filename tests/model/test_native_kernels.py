@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model.cache.packed import PackedPool
 from model.config import RopeConfig
 from model.kernels.cpu import build as build_module
 from model.kernels.cpu import library
 from model.kernels.cpu.pack import Arena, Matrix, interleave, up
 from model.layers import ACTIVATIONS
 from model.rotary import Rotary, rotate
-from tests.model.native_scene import LIBRARY, NATIVE
+from tests.model.native_scene import LIBRARY, NATIVE, OF_NAN, tiny
 
 
 @pytest.fixture(params=library.INSTRUCTION_SETS)
@@ -273,34 +274,61 @@ def test_a_soft_cap(kernels):
     torch.testing.assert_close(capped, 30.0 * torch.tanh(int8_twin(matrix, x) / 30.0), atol=1e-5, rtol=1e-5)
 
 
-# Attention rounds each weight to bf16, by 1 in 512 at most, before it sums the values.
-WEIGHTS_IN_BF16 = {"atol": 3e-3, "rtol": 3e-3}
+def of_cache(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a cache keeps of heads, [..., head_dim]."""
+    if dtype == torch.bfloat16:
+        return x.bfloat16().float()
+    scale = (x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127.0).bfloat16().float()
+    return (x / scale).round() * scale
+
+
+# Attention rounds each weight before it sums the values: in bf16 by 1 in 512 at most, in int8 by 1 in 2^15 of the
+# largest.
+CLOSE = {torch.bfloat16: {"atol": 3e-3, "rtol": 3e-3}, torch.int8: {"atol": 5e-4, "rtol": 5e-4}}
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+def dtype_of_cache(request) -> torch.dtype:
+    return request.param
 
 
 class Cache:
     """One layer's packed cache full of NaN, with the keys and values of one sequence in blocks in a random order."""
 
-    def __init__(self, kernels, length: int, *, heads: int, kv_heads: int, dim: int, block_size: int, **options):
-        padded, groups, blocks = up(dim, 16), -(-block_size // 16), -(-length // block_size)
-        self.k, self.v = random(2, length, kv_heads, dim).bfloat16().float()
-        shape = (blocks + 2) * kv_heads * groups * 16 * padded
-        self.keys, self.values = (torch.full((shape,), math.nan, dtype=torch.bfloat16) for _ in range(2))
+    def __init__(
+        self, kernels, k: Tensor, v: Tensor, dtype: torch.dtype, *, heads: int, block_size: int = 16, **options: object
+    ) -> None:
+        """k, v: [length, kv_heads, dim]."""
+        length, self.kv_heads, self.dim = k.shape
+        blocks = -(-length // block_size)
+        config = tiny(num_layers=1, num_heads=heads, num_kv_heads=self.kv_heads, head_dim=self.dim, rope=None)
+        self.pool = PackedPool(config, blocks + 1, block_size, dtype)
+        self.pool.memory[:] = OF_NAN
+        self.k, self.v, self.heads, self.padded = of_cache(k, dtype), of_cache(v, dtype), heads, self.pool.padded_dim
         self.table = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)) + 1
-        sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim, "padded_dim": padded}
-        memory = {"keys": self.keys.data_ptr(), "values": self.values.data_ptr()}
-        blocks_of = {"block_size": block_size, "groups": groups, "scale": 0.3}
+        sizes = {"num_heads": heads, "num_kv_heads": self.kv_heads, "head_dim": self.dim, "padded_dim": self.padded}
+        blocks_of = {"block_size": block_size, "groups": self.pool.groups, "group_bytes": self.pool.group_bytes}
+        memory = {"cache": self.pool.memory.data_ptr(), "scale": 0.3}
         self.attention = library.Attention(**memory, **sizes, **blocks_of, **options)
-        self.kernels, self.heads, self.kv_heads, self.dim, self.padded = kernels, heads, kv_heads, dim, padded
+        self.kernels, self.cache = kernels, kernels.cache[library.INT8 if dtype == torch.int8 else library.BF16]
         for t in range(length):
             block, offset = int(self.table[t // block_size]), t % block_size
-            k, v = self.k[t].contiguous(), self.v[t].contiguous()
-            kernels.store(byref(self.attention), block, offset, k.data_ptr(), v.data_ptr())
+            here = k[t].contiguous(), v[t].contiguous()
+            self.cache.store(byref(self.attention), block, offset, *(x.data_ptr() for x in here))
 
-    def attend(self, q: Tensor, positions: list[int], kv_head: int) -> Tensor:
-        """q: [rows, dim] bf16 of heads of one kv head -> [rows, dim], splits merged in order."""
-        padded = F.pad(q, (0, self.padded - self.dim)).contiguous()
+    @property
+    def slots(self) -> Tensor:
+        """Where the sequence lies."""
+        positions = torch.arange(len(self.k))
+        return self.table[positions // self.pool.block_size] * self.pool.block_size + positions % self.pool.block_size
+
+    def attend(self, q: Tensor, positions: list[int], kv_head: int = 0) -> Tensor:
+        """q: [rows, dim] of heads of one kv head -> [rows, dim], splits merged in order."""
+        encoded = torch.full((len(q), self.cache.query_bytes(self.padded)), 77, dtype=torch.uint8)
+        for row, out in zip(q.float(), encoded, strict=True):
+            self.cache.encode_query(row.data_ptr(), self.dim, out.data_ptr(), self.padded)
         queries = (library.Query * len(q))(
-            *(library.Query(padded[i].data_ptr(), position) for i, position in enumerate(positions))
+            *(library.Query(encoded[i].data_ptr(), position) for i, position in enumerate(positions))
         )
         weighted = torch.full((2, 12, self.padded), 77.0)
         softmaxes = [library.Softmax(weighted=part.data_ptr()) for part in weighted]
@@ -308,7 +336,7 @@ class Cache:
         for begin in range(0, end, 256):
             softmax = softmaxes[begin > 0]
             arguments = (queries, len(q), kv_head, begin, min(begin + 256, end), byref(softmax))
-            self.kernels.attend(byref(self.attention), self.table.data_ptr(), *arguments)
+            self.cache.attend(byref(self.attention), self.table.data_ptr(), *arguments)
             if begin:
                 self.kernels.merge(byref(softmaxes[0]), byref(softmax), len(q), self.padded)
         out = torch.full((len(q), self.dim), 77.0)
@@ -317,7 +345,9 @@ class Cache:
             self.kernels.finish(byref(self.attention), byref(softmaxes[0]), row, head, out[row].data_ptr())
         return out
 
-    def expected(self, q: Tensor, positions: list[int], kv_head: int, seen, cap=0.0, sinks=None) -> Tensor:
+    def expected(
+        self, q: Tensor, positions: list[int], kv_head: int = 0, seen=lambda p, t: t <= p, cap=0.0, sinks=None
+    ) -> Tensor:
         scores = q.float() @ self.k[:, kv_head].t() * 0.3
         scores = cap * torch.tanh(scores / cap) if cap else scores
         mask = torch.tensor([[seen(p, t) for t in range(len(self.k))] for p in positions])
@@ -327,52 +357,99 @@ class Cache:
         return scores.softmax(dim=1)[:, : len(self.k)] @ self.v[:, kv_head]
 
 
+def new_cache(kernels, dtype: torch.dtype, length: int, *, heads=1, kv_heads=1, dim=32, **options: object) -> Cache:
+    k, v = random(2, length, kv_heads, dim)
+    return Cache(kernels, k, v, dtype, heads=heads, **options)
+
+
+@pytest.mark.parametrize(("dim", "block_size"), [(64, 16), (10, 8), (80, 48), (1, 4)])
+def test_keys_and_values_are_kept_as_torch_rounds_them(kernels, dtype_of_cache, dim, block_size):
+    k, v = random(2, 50, 2, dim)
+    k[3] = 0.0
+    v[4, :, 0] = 1e30
+    k[5] *= 1e-20
+    cache = Cache(kernels, k, v, dtype_of_cache, heads=2, block_size=block_size)
+    keys, values = cache.pool.gather(0, cache.slots)
+    assert torch.equal(keys.float(), cache.k)
+    assert torch.equal(values.float(), cache.v)
+
+
 @pytest.mark.parametrize(("dim", "block_size"), [(64, 16), (10, 16), (80, 32), (128, 8), (16, 4)])
 @pytest.mark.parametrize("length", [1, 15, 64, 65, 300, 600])
-def test_paged_attention(kernels, dim, block_size, length):
-    cache = Cache(kernels, length, heads=6, kv_heads=2, dim=dim, block_size=block_size)
+def test_paged_attention(kernels, dtype_of_cache, dim, block_size, length):
+    cache = new_cache(kernels, dtype_of_cache, length, heads=6, kv_heads=2, dim=dim, block_size=block_size)
     positions = [max(length - 4 + i // 3, 0) for i in range(12)]
     q = random(12, dim, seed=5).bfloat16()
     for kv_head in range(2):
-        out = cache.attend(q, positions, kv_head)
-        expected = cache.expected(q, positions, kv_head, lambda p, t: t <= p)
-        torch.testing.assert_close(out, expected, **WEIGHTS_IN_BF16)
+        out, expected = cache.attend(q, positions, kv_head), cache.expected(q, positions, kv_head)
+        torch.testing.assert_close(out, expected, **CLOSE[dtype_of_cache])
 
 
 @pytest.mark.parametrize(("window", "sink_tokens"), [(1, 0), (20, 0), (100, 3), (290, 70)])
-def test_windows_and_sink_tokens(kernels, window, sink_tokens):
-    cache = Cache(
-        kernels, 400, heads=1, kv_heads=1, dim=32, block_size=16, window=window, sink_tokens=sink_tokens
-    )  # fmt: skip
+def test_windows_and_sink_tokens(kernels, dtype_of_cache, window, sink_tokens):
+    cache = new_cache(kernels, dtype_of_cache, 400, window=window, sink_tokens=sink_tokens)
     positions = list(range(388, 400))
     q = random(12, 32, seed=5).bfloat16()
-    expected = cache.expected(q, positions, 0, lambda p, t: t <= p and (t > p - window or t < sink_tokens))
-    torch.testing.assert_close(cache.attend(q, positions, 0), expected, **WEIGHTS_IN_BF16)
+    expected = cache.expected(q, positions, seen=lambda p, t: t <= p and (t > p - window or t < sink_tokens))
+    torch.testing.assert_close(cache.attend(q, positions), expected, **CLOSE[dtype_of_cache])
 
 
-def test_soft_capped_scores_and_sink_logits(kernels):
+def test_soft_capped_scores_and_sink_logits(kernels, dtype_of_cache):
     sinks = torch.tensor([0.5, -30.0, 60.0])
-    cache = Cache(kernels, 70, heads=3, kv_heads=1, dim=32, block_size=16, softcap=2.0, sinks=sinks.data_ptr())
+    cache = new_cache(kernels, dtype_of_cache, 70, heads=3, softcap=2.0, sinks=sinks.data_ptr())
     q = random(3, 32, seed=5).bfloat16()
-    expected = cache.expected(q, [69] * 3, 0, lambda p, t: True, cap=2.0, sinks=sinks)
-    torch.testing.assert_close(cache.attend(q, [69] * 3, 0), expected, **WEIGHTS_IN_BF16)
+    expected = cache.expected(q, [69] * 3, cap=2.0, sinks=sinks)
+    torch.testing.assert_close(cache.attend(q, [69] * 3), expected, **CLOSE[dtype_of_cache])
 
 
-def test_scores_of_any_size_stay_numbers(kernels):
-    cache = Cache(kernels, 100, heads=1, kv_heads=1, dim=32, block_size=16)
+def test_scores_of_any_size_stay_numbers(kernels, dtype_of_cache):
+    cache = new_cache(kernels, dtype_of_cache, 100)
     q = (random(2, 32, seed=5) * torch.tensor([[1e4], [1e-30]])).bfloat16()
-    out = cache.attend(q, [99, 99], 0)
-    torch.testing.assert_close(out, cache.expected(q, [99, 99], 0, lambda p, t: True), atol=1e-4, rtol=1e-4)
+    out = cache.attend(q, [99, 99])
+    torch.testing.assert_close(out, cache.expected(q, [99, 99]), atol=1e-4, rtol=1e-4)
 
 
-def test_a_query_of_nan_spoils_itself_and_no_other(kernels):
-    cache = Cache(kernels, 100, heads=1, kv_heads=1, dim=32, block_size=16)
+def test_a_query_of_nan_spoils_itself_and_no_other(kernels, dtype_of_cache):
+    cache = new_cache(kernels, dtype_of_cache, 100)
     q = random(5, 32, seed=5).bfloat16()
-    clean = cache.attend(q, [99] * 5, 0)
+    clean = cache.attend(q, [99] * 5)
     q[2, 7] = math.nan
-    spoiled = cache.attend(q, [99] * 5, 0)
+    spoiled = cache.attend(q, [99] * 5)
     assert spoiled[2].isnan().all()
     assert torch.equal(spoiled[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["key", "value"])
+def test_a_token_of_nan_in_an_int8_cache_spoils_those_that_see_it_and_no_other(kernels, which, bad):
+    k, v = random(2, 100, 1, 32)
+    q, positions = random(5, 32, seed=5), [95, 96, 97, 98, 99]
+    clean = Cache(kernels, k, v, torch.int8, heads=1).attend(q, positions)
+    (k if which == "key" else v)[97, 0, 11] = bad
+    spoiled = Cache(kernels, k, v, torch.int8, heads=1).attend(q, positions)
+    assert torch.equal(spoiled[:2], clean[:2])
+    assert spoiled[2:].isnan().all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_numbers_of_an_int8_cache_do_not_saturate(kernels, sign):
+    k, v = torch.ones(64, 1, 256), torch.ones(64, 1, 256)
+    k[32:], v[32:] = -1.0, -1.0  # so that the values show what the keys scored
+    q = torch.full((1, 256), sign / 200.0)
+    cache = Cache(kernels, k, v, torch.int8, heads=1)
+    torch.testing.assert_close(cache.attend(q, [63]), cache.expected(q, [63]), atol=1e-4, rtol=1e-3)
+    alike = Cache(kernels, k, torch.ones(64, 1, 256), torch.int8, heads=1)
+    torch.testing.assert_close(alike.attend(q, [63]), torch.ones(1, 256), atol=4e-3, rtol=0)
+
+
+def test_a_far_larger_weight_leaves_those_of_other_spans_their_digits(kernels):
+    """The digits of a weight are counted from the largest of its own span of 64 keys."""
+    k, v = torch.zeros(640, 1, 32), torch.ones(640, 1, 32)
+    k[5], v[5] = 1.0, 0.0
+    q = torch.full((1, 32), 14.0 / (0.3 * 32))  # key 5 weighs 1.2e6 times as much as any other
+    cache = Cache(kernels, k, v, torch.int8, heads=1)
+    ratio = cache.attend(q, [639]) / cache.expected(q, [639])
+    assert ((ratio > 0.85) & (ratio < 1.01)).all()
 
 
 @pytest.mark.slow

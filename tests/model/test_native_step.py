@@ -57,14 +57,16 @@ SHAPES: dict[str, ModelConfig] = {
 }  # fmt: skip
 
 
-@pytest.fixture(params=["int8", "bf16"])
-def dtype(request) -> str:
-    return request.param
+@pytest.fixture(params=["int8", "bf16", "bf16 on an int8 cache"])
+def numbers(request) -> dict[str, object]:
+    """What a scene's weights and its cache are kept in."""
+    dtype, _, cache = request.param.partition(" on ")
+    return {"dtype": dtype, "cache": torch.int8 if cache else torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_agree_with_torch_in_prefill_chunks_and_mixed_steps(name, dtype):
-    scene = Scene(SHAPES[name], dtype)
+def test_logits_agree_with_torch_in_prefill_chunks_and_mixed_steps(name, numbers):
+    scene = Scene(SHAPES[name], **numbers)
     long, short = scene.add(400), scene.add(12)
     for work in (
         [(long, 0, 290)],
@@ -78,18 +80,25 @@ def test_logits_agree_with_torch_in_prefill_chunks_and_mixed_steps(name, dtype):
             # Rounding sends a token whose experts are nearly tied elsewhere, and those that see it take notice.
             kept = similar >= similar.quantile(0.2)
             logits, expected, similar = logits[kept], expected[kept], similar[kept]
-        assert similar.min() > (0.985 if dtype == "int8" else 0.9995)
-        error = (logits - expected).abs().mean() / expected.std()
-        assert error < (0.06 if dtype == "int8" else 0.015)
+        least, most = {"int8": (0.985, 0.06), "bf16": (0.9995, 0.015)}[numbers["dtype"]]
+        assert similar.min() > least
+        assert (logits - expected).abs().mean() / expected.std() < most
 
 
-@pytest.mark.parametrize("block_size", [2, 4, 8, 16, 32, 48])
-def test_blocks_may_be_smaller_and_larger_than_a_group_of_keys(block_size, dtype):
-    scene = Scene(tiny(num_layers=1), dtype, block_size=block_size)
+@pytest.mark.parametrize("block_size", [4, 8, 16, 32, 48])
+def test_blocks_may_be_smaller_and_larger_than_a_group_of_keys(block_size, numbers):
+    scene = Scene(tiny(num_layers=1), **numbers, block_size=block_size)
     sequence = scene.add(90)
     for work in ((sequence, 0, 70), (sequence, 70, 90)):
         logits, expected = scene.run(work), scene.expected(work)
         assert F.cosine_similarity(logits, expected).min() > 0.99
+
+
+def test_a_block_of_bf16_may_hold_two_tokens():
+    scene = Scene(tiny(num_layers=1), "bf16", block_size=2)
+    sequence = scene.add(90)
+    for work in ((sequence, 0, 70), (sequence, 70, 90)):
+        assert F.cosine_similarity(scene.run(work), scene.expected(work)).min() > 0.99
 
 
 def whole(scene: Scene, length: int) -> torch.Tensor:
@@ -97,16 +106,16 @@ def whole(scene: Scene, length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_prefill_chunks_and_decode_give_the_same_bits(name, dtype):
-    scene = Scene(SHAPES[name], dtype)
+def test_prefill_chunks_and_decode_give_the_same_bits(name, numbers):
+    scene = Scene(SHAPES[name], **numbers)
     expected = whole(scene, 300)
     parts = [0, 1, 2, 66, 67, 200, 255, 256, 257, 299, 300]
     steps = [scene.run((0, start, stop)) for start, stop in itertools.pairwise(parts)]
     assert torch.equal(torch.cat(steps), expected)
 
 
-def test_a_context_that_is_split_over_the_threads_gives_the_same_bits(dtype):
-    scene = Scene(tiny(), dtype)
+def test_a_context_that_is_split_over_the_threads_gives_the_same_bits(numbers):
+    scene = Scene(tiny(), **numbers)
     sequence = scene.add(800)
     scene.run((sequence, 0, 500))
     together = scene.run((sequence, 500, 800))
@@ -115,8 +124,8 @@ def test_a_context_that_is_split_over_the_threads_gives_the_same_bits(dtype):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_sequence_gives_the_same_bits_in_any_company(name, dtype):
-    scene = Scene(SHAPES[name], dtype)
+def test_a_sequence_gives_the_same_bits_in_any_company(name, numbers):
+    scene = Scene(SHAPES[name], **numbers)
     alone = whole(scene, 270)
     others = [scene.add(length) for length in (1, 13, 40, 129, 64)]
     scene.run(*((i, 0, len(scene.token_ids[i]) - 1) for i in others if len(scene.token_ids[i]) > 1))
@@ -128,10 +137,10 @@ def test_a_sequence_gives_the_same_bits_in_any_company(name, dtype):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_one_thread_and_three_give_the_same_bits(name, dtype):
+def test_one_thread_and_three_give_the_same_bits(name, numbers):
     results = []
     for num_threads in (1, 3):
-        scene = Scene(SHAPES[name], dtype, num_threads=num_threads)
+        scene = Scene(SHAPES[name], **numbers, num_threads=num_threads)
         prefill = whole(scene, 299)
         scene.token_ids[0] = torch.cat([scene.token_ids[0], torch.tensor([7])])
         results.append(torch.cat([prefill, scene.run((0, 299, 300))]))
@@ -150,24 +159,25 @@ def test_hundreds_of_steps_on_more_threads_than_cores_give_the_same_bits():
 
 
 @pytest.mark.parametrize("instruction_set", library.INSTRUCTION_SETS)
-def test_every_instruction_set_computes_the_step(instruction_set, dtype):
+def test_every_instruction_set_computes_the_step(instruction_set, numbers):
     if instruction_set not in library.load().instruction_sets:
         pytest.skip("this machine lacks it")
-    logits = whole(Scene(tiny(), dtype, instruction_set=instruction_set), 80)
-    plain = whole(Scene(tiny(), dtype, instruction_set="portable"), 80)
+    logits = whole(Scene(tiny(), **numbers, instruction_set=instruction_set), 80)
+    plain = whole(Scene(tiny(), **numbers, instruction_set="portable"), 80)
     assert F.cosine_similarity(logits, plain).min() > 0.9995
 
 
 def test_avx512_and_avx2_give_the_same_bits():
     if "avx512" not in library.load().instruction_sets:
         pytest.skip("this machine lacks it")
-    for kind in ("int8", "bf16"):
-        best = whole(Scene(tiny(), kind, instruction_set="avx512"), 300)
-        assert torch.equal(whole(Scene(tiny(), kind, instruction_set="avx2"), 300), best)
+    for kind, cache in itertools.product(("int8", "bf16"), (torch.bfloat16, torch.int8)):
+        best = whole(Scene(tiny(), kind, cache=cache, instruction_set="avx512"), 300)
+        assert torch.equal(whole(Scene(tiny(), kind, cache=cache, instruction_set="avx2"), 300), best)
 
 
-def test_keys_and_values_can_be_read_back():
-    scene = Scene(tiny(head_dim=10), "bf16", block_size=8)
+@pytest.mark.parametrize("cache", [torch.bfloat16, torch.int8])
+def test_keys_and_values_can_be_read_back(cache):
+    scene = Scene(tiny(head_dim=10), "bf16", cache=cache, block_size=8)
     sequence = scene.add(20)
     scene.run((sequence, 0, 20))
     scene.expected((sequence, 0, 20))
@@ -180,22 +190,22 @@ def test_keys_and_values_can_be_read_back():
 
 
 def test_nothing_is_ever_stored_in_the_null_block():
-    scene = Scene(tiny(), "int8", block_size=4)
-    scene.run((scene.add(50), 0, 50))
-    assert not scene.pool.keys[:, 0].any()
-    assert not scene.pool.values[:, 0].any()
+    for cache in (torch.bfloat16, torch.int8):
+        scene = Scene(tiny(), "int8", cache=cache, block_size=4)
+        scene.run((scene.add(50), 0, 50))
+        assert not scene.pool.memory[:, 0].any()
 
 
-def test_more_hidden_rows_than_a_step_has_get_their_logits(dtype):
-    scene = Scene(tiny(), dtype, max_tokens=16)
+def test_more_hidden_rows_than_a_step_has_get_their_logits(numbers):
+    scene = Scene(tiny(), **numbers, max_tokens=16)
     sequence = scene.add(16)
     stepped = scene.step.forward(*scene.batch([(sequence, 0, 16)]))
     again = scene.step.logits(stepped.hidden.repeat(3, 1))
     assert torch.equal(again, stepped.logits.repeat(3, 1))
 
 
-def test_the_likeliest_tokens_come_with_the_logits(dtype):
-    scene = Scene(tiny(vocab_size=101), dtype)
+def test_the_likeliest_tokens_come_with_the_logits(numbers):
+    scene = Scene(tiny(vocab_size=101), **numbers)
     stepped = scene.step.forward(*scene.batch([(scene.add(30), 0, 30)]))
     largest, likeliest = stepped.logits.max(dim=1)
     assert torch.equal(stepped.likeliest, likeliest)
@@ -213,12 +223,12 @@ class TestRefusals:
 
     def refused(self, scene, match, change, work=(0, 0, 20)):
         token_ids, positions, plan, rows = scene.batch([work])
-        before = scene.pool.keys.clone()
+        before = scene.pool.memory.clone()
         batch = {"token_ids": token_ids, "positions": positions, "plan": plan, "sample_rows": rows}
         change(batch)
         with pytest.raises(StepError, match=match):
             scene.step.forward(**batch)
-        assert torch.equal(scene.pool.keys.isnan(), before.isnan())
+        assert torch.equal(scene.pool.memory, before)
         assert scene.run((0, 0, 20)).isfinite().all()
 
     @pytest.mark.parametrize("block", [0, -1, 97, 2**40])
@@ -305,7 +315,11 @@ class TestChoice:
 
     @pytest.mark.parametrize(
         ("options", "match"),
-        [({"dtype": "fp32"}, "float32"), ({"dtype": "int8", "block_size": 12}, "block_size 12")],
+        [
+            ({"dtype": "fp32"}, "float32"),
+            ({"dtype": "int8", "block_size": 12}, "block_size 12"),
+            ({"dtype": "int8", "block_size": 2, "kv_cache_dtype": "int8"}, "block_size 2"),
+        ],
     )
     def test_native_kernels_that_cannot_be_had_are_refused(self, tiny_llama, options, match):
         with pytest.raises(ConfigError, match=match):
@@ -326,6 +340,8 @@ class TestChoice:
         engine = Engine(decoder.bfloat16(), EngineConfig(dtype="bf16"))
         assert isinstance(engine.runner.compute, TorchForward)
         assert reason in caplog.text
+        with pytest.raises(ConfigError, match=rf"kv_cache_dtype 'int8' is for native kernels, .*{reason}"):
+            Engine(decoder, EngineConfig(dtype="bf16", kv_cache_dtype="int8"))
 
     def test_auto_is_served_in_bf16_and_other_dtypes_as_asked(self):
         assert for_serving(tiny(), EngineConfig(device="cpu")) == (EngineConfig(device="cpu", dtype="bf16"), None)
@@ -360,6 +376,14 @@ class TestChoice:
         served, reason = for_serving(tiny(**changes), config)
         assert served == config
         assert match in str(reason)
+
+    def test_an_int8_cache_is_refused_before_loading_where_the_native_step_cannot_run(self):
+        with pytest.raises(ConfigError, match=r"kv_cache_dtype 'int8' is for native kernels, .*additive"):
+            for_serving(tiny(attention="additive"), EngineConfig(device="cpu", kv_cache_dtype="int8"))
+
+    def test_fp32_has_no_int8_cache(self, tiny_llama):
+        with pytest.raises(ConfigError, match=r"kv_cache_dtype 'int8' is for native kernels, .*float32"):
+            self.engine(tiny_llama[0], device="cpu", kv_cache_dtype="int8")
 
     def test_without_a_compiler_torch_computes(self, tiny_llama, monkeypatch, caplog):
         def none() -> None:

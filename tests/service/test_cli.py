@@ -82,6 +82,8 @@ def test_generate_takes_token_ids_where_there_is_no_tokenizer(tiny_model: Path, 
         (["generate", "hello", "--device", "cpu", "--cuda-graphs"], "cuda_graphs is for a GPU, and the engine runs on"),
         (["generate", "hello", "--device", "cpu", "--kv-cache-dtype", "fp8"], "kv_cache_dtype 'fp8' is for a GPU"),
         (["generate", "hello", "--url", "http://127.0.0.1:9", "--no-overlap"], "leave that out with --url"),
+        (["serve", "--kv-cache-dtype", "int8", "--dtype", "fp32"], "kv_cache_dtype 'int8' is for native kernels"),
+        (["generate", "hello", "--device", "cpu", "--kv-cache-dtype", "int8"], "the weights are float32"),
     ],
     ids=[
         "no prompt",
@@ -102,6 +104,8 @@ def test_generate_takes_token_ids_where_there_is_no_tokenizer(tiny_model: Path, 
         "graphs of a CPU",
         "fp8 on a CPU",
         "the engine of a service",
+        "int8 cache of fp32 weights",
+        "int8 cache where torch computes",
     ],
 )
 def test_a_wrong_command_is_refused_in_one_line(arguments: list[str], words: str) -> None:

@@ -4,6 +4,6 @@
 #include "rows.h"
 
 extern const Kernels kernels_portable = {
-    embed, add_scaled, normalize, encode_int8, encode_bf16, linear_int8, linear_bf16, rotate, store,
-    attend, merge, route, likeliest, finish,
+    embed, add_scaled, normalize, encode_int8, encode_bf16, linear_int8, linear_bf16, rotate,
+    merge, route, likeliest, finish, {kernels_of<Int8Cache>, kernels_of<Bf16Cache>},
 };

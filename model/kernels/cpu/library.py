@@ -13,7 +13,6 @@ from model.kernels.cpu.build import build
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")  # from the plainest to the best
 PANEL = 32  # output channels of a weight panel
-GROUP = 16  # keys side by side in the cache
 INT8, BF16 = 0, 1
 NORMS = {"rms": 1, "layer": 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -55,9 +54,9 @@ class Attention(Structure):
     """See native.h."""
 
     _fields_ = _fields(
-        keys=c_void_p, values=c_void_p, sinks=c_void_p,
+        cache=c_void_p, sinks=c_void_p,
         num_heads=c_int64, num_kv_heads=c_int64, head_dim=c_int64, padded_dim=c_int64, block_size=c_int64,
-        groups=c_int64, window=c_int64, sink_tokens=c_int64, scale=c_float, softcap=c_float,
+        groups=c_int64, group_bytes=c_int64, window=c_int64, sink_tokens=c_int64, scale=c_float, softcap=c_float,
     )  # fmt: skip
 
 
@@ -98,6 +97,7 @@ class Model(Structure):
         embedding=c_void_p, position_embedding=c_void_p, layers=c_void_p, norm=Norm, head=Linear,
         vocab_size=c_int64, hidden_size=c_int64, num_layers=c_int64, max_positions=c_int64, num_blocks=c_int64,
         max_tokens=c_int64, num_threads=c_int64, embedding_scale=c_float, final_cap=c_float, instruction_set=c_int32,
+        cache_dtype=c_int32,
     )  # fmt: skip
 
 
@@ -120,6 +120,19 @@ class Verdict(Structure):
 _LINEAR = CFUNCTYPE(None, POINTER(Linear), POINTER(Rows), c_int64, POINTER(Epilogue), c_int64)
 
 
+class CacheKernels(Structure):
+    """See native.h."""
+
+    _fields_ = _fields(
+        query_bytes=CFUNCTYPE(c_int64, c_int64),
+        encode_query=CFUNCTYPE(None, c_void_p, c_int64, c_void_p, c_int64),
+        store=CFUNCTYPE(None, POINTER(Attention), c_int64, c_int64, c_void_p, c_void_p),
+        attend=CFUNCTYPE(
+            None, POINTER(Attention), c_void_p, POINTER(Query), c_int64, c_int64, c_int64, c_int64, POINTER(Softmax)
+        ),
+    )
+
+
 class Kernels(Structure):
     """See native.h: one instruction set's kernels, each callable on its own."""
 
@@ -132,14 +145,11 @@ class Kernels(Structure):
         linear_int8=_LINEAR,
         linear_bf16=_LINEAR,
         rotate=CFUNCTYPE(None, c_void_p, c_void_p, c_void_p, c_int64),
-        store=CFUNCTYPE(None, POINTER(Attention), c_int64, c_int64, c_void_p, c_void_p),
-        attend=CFUNCTYPE(
-            None, POINTER(Attention), c_void_p, POINTER(Query), c_int64, c_int64, c_int64, c_int64, POINTER(Softmax)
-        ),
         merge=CFUNCTYPE(None, POINTER(Softmax), POINTER(Softmax), c_int64, c_int64),
         route=CFUNCTYPE(None, c_void_p, c_void_p, c_int64, c_int64, c_void_p),
         likeliest=CFUNCTYPE(None, c_void_p, c_int64, c_void_p, c_void_p),
         finish=CFUNCTYPE(None, POINTER(Attention), POINTER(Softmax), c_int64, c_int64, c_void_p),
+        cache=CacheKernels * 2,
     )
 
 

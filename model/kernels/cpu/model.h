@@ -32,6 +32,7 @@ struct Model {
     int64_t vocab_size, hidden_size, num_layers, max_positions, num_blocks, max_tokens, num_threads;
     float embedding_scale, final_cap;
     int32_t instruction_set;
+    Dtype cache_dtype;
 };
 
 // The sequences of a step, as model.attention.plan.AttentionPlan lays them out; num_samples rows get logits,

@@ -12,7 +12,7 @@ constexpr int64_t SPLIT = 256;     // keys after which a row's softmax starts af
 constexpr int64_t TILE_ROWS = 12;  // query rows that attend together
 constexpr float EMPTY = -1e30f;    // the running maximum of a softmax that has seen nothing; finite, so differences are
 
-enum Dtype : int32_t { INT8, BF16 };
+enum Dtype : int32_t { INT8, BF16, NUM_DTYPES };
 enum NormKind : int32_t { NO_NORM, RMS_NORM, LAYER_NORM };
 enum Activation : int32_t { SILU, GELU, GELU_TANH, RELU };
 enum Then : int32_t { STORE, ADD, ACTIVATE, GATE, CAP };
@@ -52,21 +52,20 @@ struct Epilogue {
 };
 
 // Causal attention of one layer. Query heads h * group_size and on share key/value head h.
-// keys: bf16 [blocks][num_kv_heads][groups][padded_dim / 2][16][2]; values: [blocks][num_kv_heads][groups][8]
-// [padded_dim][2]: two keys side by side.
+// cache: [blocks][num_kv_heads][groups], each group 16 tokens in group_bytes as cache_bf16.h or cache_int8.h has them.
 // window: keys that a query sees, itself included (0: all); the first `sink_tokens` stay visible beyond it.
 // softcap: scores become cap * tanh(score / cap) (0: they do not). sinks: [num_heads] logits that take weight away.
 struct Attention {
-    uint16_t *keys, *values;
+    uint8_t *cache;
     const float *sinks;
-    int64_t num_heads, num_kv_heads, head_dim, padded_dim, block_size, groups;
+    int64_t num_heads, num_kv_heads, head_dim, padded_dim, block_size, groups, group_bytes;
     int64_t window, sink_tokens;
     float scale, softcap;
 };
 
-// One query row of a tile: its bf16 query, [padded_dim], and where it stands.
+// One query row of a tile, as the cache's kernels encode it, and where it stands.
 struct Query {
-    const uint16_t *q;
+    const uint8_t *q;
     int64_t position;
 };
 
@@ -75,6 +74,15 @@ struct Query {
 struct Softmax {
     float largest[TILE_ROWS], total[TILE_ROWS];
     float *weighted;
+};
+
+// The kernels that know how numbers lie in the cache.
+struct CacheKernels {
+    int64_t (*query_bytes)(int64_t padded_dim);
+    void (*encode_query)(const float *q, int64_t width, uint8_t *out, int64_t padded_dim);
+    void (*store)(const Attention *, int64_t block, int64_t offset, const float *k, const float *v);
+    void (*attend)(const Attention *, const int64_t *table, const Query *, int64_t rows, int64_t kv_head, int64_t begin,
+                   int64_t end, Softmax *);
 };
 
 // One instruction set's kernels. Their twins in torch are in tests/model/test_native_kernels.py.
@@ -87,11 +95,9 @@ struct Kernels {
     void (*linear_int8)(const Linear *, const Rows *, int64_t panel, const Epilogue *, int64_t next_panel);
     void (*linear_bf16)(const Linear *, const Rows *, int64_t panel, const Epilogue *, int64_t next_panel);
     void (*rotate)(float *head, const float *cos, const float *sin, int64_t half);
-    void (*store)(const Attention *, int64_t block, int64_t offset, const float *k, const float *v);
-    void (*attend)(const Attention *, const int64_t *table, const Query *, int64_t rows, int64_t kv_head, int64_t begin,
-                   int64_t end, Softmax *);
     void (*merge)(Softmax *, const Softmax *later, int64_t rows, int64_t padded_dim);
     void (*route)(const float *x, const float *router, int64_t width, int64_t num_experts, float *odds);
     void (*likeliest)(const float *logits, int64_t width, int64_t *index, float *value);
     void (*finish)(const Attention *, const Softmax *, int64_t row, int64_t head, float *out);
+    CacheKernels cache[NUM_DTYPES];
 };

@@ -39,26 +39,26 @@ static void normalize(const Norm *norm, const float *x, int64_t width, float *ou
     }
 }
 
-// One row to u8 = round(x / scale) + 128 with scale = max |x| / 127; what pads the row to `stride` stands for zero.
-// A row that holds NaN or infinity gets the scale NaN, so that everything computed from it says so.
-static void encode_int8(const float *x, int64_t width, uint8_t *out, int64_t stride, float *scale) {
+INLINE Ints magnitudes(Floats x) { return as_ints(x) & splat(0x7FFFFFFF); }  // ordered as they are, NaN above all
+INLINE float at_least(float floor, float x) { return x < floor ? floor : x; }
+// To the nearest integer, ties to even, of what is below 2^22: adding 1.5 * 2^23 leaves it in the low bits.
+INLINE Ints round(Floats x) { return as_ints(x + splat(12582912.0f)) - splat(0x4B400000); }
+
+// max |x| / levels; NaN for a row that holds NaN or infinity, so that everything computed from it says so.
+static float scale_of(const float *x, int64_t width, float levels) {
     Ints top = splat(0);
-    for (int64_t i = 0; i < width; i += 16) {  // magnitudes order like their bits, NaN above all
-        top = max(top, as_ints(load_first(x + i, width - i)) & splat(0x7FFFFFFF));
-    }
-    int32_t bits = largest(top);
-    float magnitude;
-    memcpy(&magnitude, &bits, 4);
+    for (int64_t i = 0; i < width; i += 16) top = max(top, magnitudes(load_first(x + i, width - i)));
+    const int32_t bits = largest(top);
+    return bits >= 0x7F800000 ? NAN : at_least(1e-12f, as_float(bits)) / levels;
+}
+
+// One row to u8 = round(x / scale) + 128 with scale = max |x| / 127; what pads the row to `stride` stands for zero.
+static void encode_int8(const float *x, int64_t width, uint8_t *out, int64_t stride, float *scale) {
+    *scale = scale_of(x, width, 127.0f);
     memset(out, 128, stride);
-    if (bits >= 0x7F800000) {
-        *scale = NAN;
-        return;
-    }
-    *scale = (magnitude < 1e-12f ? 1e-12f : magnitude) / 127.0f;
+    if (*scale != *scale) return;
     for (int64_t i = 0; i < width; i += 16) {
-        // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
-        Floats shifted = load_first(x + i, width - i) / splat(*scale) + splat(12582912.0f);
-        Ints value = as_ints(shifted) - splat(0x4B400000 - 128);
+        const Ints value = round(load_first(x + i, width - i) / splat(*scale)) + splat(128);
         if (width - i >= 16) {
             to_bytes(out + i, value);
         } else {

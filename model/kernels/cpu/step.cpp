@@ -12,7 +12,7 @@ T *Step::buffer(int64_t count) {
 }
 
 Step::Step(const Model &m, const Kernels &kernels)
-    : model(m), hidden_stride(m.layers[0].output.panels * PANEL), k(kernels),
+    : model(m), hidden_stride(m.layers[0].output.panels * PANEL), k(kernels), cache(kernels.cache[m.cache_dtype]),
       team((int)m.num_threads, PHASES_A_LAYER * m.num_layers + OTHER_PHASES) {
     int64_t attended_width = 0, max_experts = 0, max_chosen = 1;
     row_bytes = m.head.stride;
@@ -24,7 +24,8 @@ Step::Step(const Model &m, const Kernels &kernels)
         wide_stride = larger(wide_stride, larger(l.qkv.panels, up.panels) * PANEL);
         max_experts = larger(max_experts, l.experts.count);
         max_chosen = larger(max_chosen, l.experts.num_chosen);
-        q_stride = larger(q_stride, l.attention.num_heads * l.attention.padded_dim);
+        q_bytes = larger(q_bytes, cache.query_bytes(l.attention.padded_dim));
+        q_stride = larger(q_stride, l.attention.num_heads * q_bytes);
         attended_width = larger(attended_width, l.output.in);
         max_dim = larger(max_dim, l.attention.padded_dim);
     }
@@ -37,7 +38,7 @@ Step::Step(const Model &m, const Kernels &kernels)
     expert_out = buffer<float>(max_experts ? places * hidden_stride : 0);
     routing = max_experts ? new Routing(n, max_experts, max_chosen) : nullptr;
     attended = buffer<float>(n * attended_width);
-    queries = buffer<uint16_t>(n * q_stride);
+    queries = buffer<uint8_t>(n * q_stride);
     encoded = buffer<uint8_t>(places * row_bytes);
     scales = buffer<float>(places);
     tiles = buffer<Tile>(n);
@@ -116,7 +117,7 @@ void Step::layer(Member &me, const Layer &l) {
     me.share_rows(n, [&](int64_t row) { encode(l.qkv, enter(row, before, l.attention_norm), row); });
     multiply(me, l.qkv, {wide, wide_stride, 0.0f, STORE, l.activation}, n);
     me.share_rows(n, [&](int64_t row) { place(l, row); });
-    if (batch.queries) me.share(1, [&](int64_t, int64_t) { keep_queries(&l - model.layers); });
+    if (batch.queries) me.share(1, [&](int64_t, int64_t) { keep_queries(l); });
     attend(me, l.attention);
     me.share_rows(n, [&](int64_t row) { encode(l.output, attended + row * l.output.in, row); });
     add_product(me, l.output, l.attention_post_norm);

@@ -40,7 +40,7 @@ class Step {
     void mixture(Member &, const Layer &);
     void multiply_groups(Member &, const Linear *, Epilogue);
     void place(const Layer &, int64_t row);
-    void keep_queries(int64_t layer);
+    void keep_queries(const Layer &);
     void plan_tiles();
     void attend(Member &, const Attention &);
     Softmax attend_split(const Attention &, int64_t unit, int64_t split, float *weighted);
@@ -54,13 +54,13 @@ class Step {
     Unit unit_at(const Attention &, int64_t unit) const;
 
     const Kernels &k;
+    const CacheKernels &cache;
     Team team;
     Routing *routing;
-    int64_t wide_stride = 0, row_bytes = 0, q_stride = 0, num_units = 0, num_splits = 0, num_tiles = 0, max_dim = 0;
+    int64_t wide_stride = 0, row_bytes = 0, q_bytes = 0, q_stride = 0, num_units = 0, num_splits = 0, num_tiles = 0, max_dim = 0;
     float *x, *y, *wide, *attended, *scales, *partial, *expert_out;
     Softmax *softmaxes;
-    uint16_t *queries;
-    uint8_t *encoded;
+    uint8_t *queries, *encoded;
     Tile *tiles;
     Batch batch{};
     struct {

@@ -49,6 +49,8 @@ def why_not(decoder: Decoder, config: EngineConfig) -> str | None:
 
 def why_never(model: ModelConfig, config: EngineConfig) -> str | None:
     """Why no decoder of this shape can be run by the native step here, whatever its dtype; None if one can."""
+    if config.block_size == 2 and config.kv_cache_dtype == "int8":
+        return "block_size 2 is not enough for the four numbers that lie side by side in int8"
     if config.block_size not in (2, 4, 8) and config.block_size % 16:
         return f"block_size {config.block_size} is neither 2, 4, 8 nor a multiple of 16"
     if model.attention == "additive":
@@ -60,6 +62,11 @@ def why_never(model: ModelConfig, config: EngineConfig) -> str | None:
     except (NoLibrary, OSError) as error:
         return str(error)
     return None
+
+
+def native_cache_dtype(config: EngineConfig) -> torch.dtype:
+    """Of the keys and values that the native step keeps."""
+    return torch.int8 if config.kv_cache_dtype == "int8" else torch.bfloat16
 
 
 class Stepped(NamedTuple):
@@ -120,6 +127,7 @@ class NativeStep:
             embedding_scale=self.config.embedding_scale,
             final_cap=self.config.logit_soft_cap or 0.0,
             instruction_set=INSTRUCTION_SETS.index(instruction_set or self._library.instruction_sets[-1]),
+            cache_dtype=library.INT8 if pool.dtype == torch.int8 else library.BF16,
         )
         self._step = self._library.create(byref(model))
         if not self._step:
@@ -237,8 +245,7 @@ class NativeStep:
     def _attention(self, layer: DecoderLayer, index: int) -> library.Attention:
         config, pool, scores = self.config, self.pool, layer.scores
         return library.Attention(
-            keys=pool.keys[index].data_ptr(),
-            values=pool.values[index].data_ptr(),
+            cache=pool.memory[index].data_ptr(),
             sinks=None if scores.sinks is None else self._arena.keep(scores.sinks.float()),
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
@@ -246,6 +253,7 @@ class NativeStep:
             padded_dim=pool.padded_dim,
             block_size=pool.block_size,
             groups=pool.groups,
+            group_bytes=pool.group_bytes,
             window=scores.window or 0,
             sink_tokens=scores.num_sink_tokens,
             scale=scores.scale,

@@ -1,9 +1,7 @@
 // The part of a step between a layer's first product and its second: place queries, keys and values, then attend.
-#include <string.h>
-
 #include "step.h"
 
-// Norm and turn a row's queries and keys, store its keys and values, leave its queries in bf16.
+// Norm and turn a row's queries and keys, store its keys and values, encode its queries.
 void Step::place(const Layer &l, int64_t row) {
     const Attention &a = l.attention;
     const int64_t dim = a.head_dim, position = batch.positions[row], num_turned = a.num_heads + a.num_kv_heads;
@@ -19,7 +17,7 @@ void Step::place(const Layer &l, int64_t row) {
             k.rotate(q + head * dim, l.cos + position * l.rotary_half, l.sin + position * l.rotary_half, l.rotary_half);
     }
     for (int64_t head = 0; head < a.num_heads; head++)
-        k.encode_bf16(q + head * dim, dim, queries + row * q_stride + head * a.padded_dim, a.padded_dim);
+        cache.encode_query(q + head * dim, dim, queries + row * q_stride + head * q_bytes, a.padded_dim);
     int64_t seq = 0;  // the last sequence that starts at or before the row
     for (int64_t high = batch.num_seqs; high - seq > 1;) {
         const int64_t middle = (seq + high) / 2;
@@ -29,13 +27,17 @@ void Step::place(const Layer &l, int64_t row) {
             high = middle;
     }
     const int64_t block = batch.block_tables[seq * batch.max_blocks + position / a.block_size];
-    k.store(&a, block, position % a.block_size, key, key + a.num_kv_heads * dim);
+    cache.store(&a, block, position % a.block_size, key, key + a.num_kv_heads * dim);
 }
 
-void Step::keep_queries(int64_t layer) {
-    uint16_t *kept = batch.queries + layer * batch.num_samples * q_stride;
+void Step::keep_queries(const Layer &l) {
+    const Attention &a = l.attention;
+    uint16_t *kept = batch.queries + (&l - model.layers) * batch.num_samples * a.num_heads * a.padded_dim;
     for (int64_t i = 0; i < batch.num_samples; i++)
-        memcpy(kept + i * q_stride, queries + batch.sample_rows[i] * q_stride, q_stride * sizeof(uint16_t));
+        for (int64_t head = 0; head < a.num_heads; head++, kept += a.padded_dim) {
+            const float *q = wide + batch.sample_rows[i] * wide_stride + head * a.head_dim;
+            k.encode_bf16(q, a.head_dim, kept, a.padded_dim);
+        }
 }
 
 void Step::plan_tiles() {
@@ -95,11 +97,11 @@ Softmax Step::attend_split(const Attention &a, int64_t index, int64_t split, flo
     Query q[TILE_ROWS];
     for (int64_t r = 0; r < unit.num_rows; r++) {
         const int64_t row = unit.tile->first + r / unit.num_heads, head = unit.first_head + r % unit.num_heads;
-        q[r] = {queries + row * q_stride + head * a.padded_dim, batch.positions[row]};
+        q[r] = {queries + row * q_stride + head * q_bytes, batch.positions[row]};
     }
     Softmax softmax{{}, {}, weighted};
     const int64_t *table = batch.block_tables + unit.tile->seq * batch.max_blocks;
-    k.attend(&a, table, q, unit.num_rows, unit.kv_head, split * SPLIT, unit.end < stop ? unit.end : stop, &softmax);
+    cache.attend(&a, table, q, unit.num_rows, unit.kv_head, split * SPLIT, unit.end < stop ? unit.end : stop, &softmax);
     return softmax;
 }
 

@@ -20,14 +20,13 @@ constexpr int LANES = 8, MAX_ROWS = 2;
 constexpr int LANES = 4, MAX_ROWS = 2;
 #endif
 constexpr int PARTS = 16 / LANES;
+constexpr int64_t HALF_ROWS = MAX_ROWS / 2;  // rows of which four sums each fit the registers
 
 // A template over the number of rows, for each number there is.
 #if defined(__AVX512F__)
 #define HEIGHTS(f) {f<1>, f<2>, f<3>, f<4>, f<5>, f<6>, f<7>, f<8>, f<9>, f<10>, f<11>, f<12>}
-#define HALF_HEIGHTS(f) {f<1>, f<2>, f<3>, f<4>, f<5>, f<6>}
 #else
 #define HEIGHTS(f) {f<1>, f<2>}
-#define HALF_HEIGHTS(f) {f<1>}
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -60,6 +59,7 @@ INLINE Ints select(Ints mask, Ints a, Ints b) { EACH a.part[i] = mask.part[i] ? 
 INLINE Floats as_floats(Ints a) { Floats f; EACH f.part[i] = (FloatPart)a.part[i]; return f; }
 INLINE Ints as_ints(Floats a) { Ints n; EACH n.part[i] = (IntPart)a.part[i]; return n; }
 INLINE Floats to_floats(Ints a) { Floats f; EACH f.part[i] = __builtin_convertvector(a.part[i], FloatPart); return f; }
+INLINE float as_float(int32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 INLINE Floats max(Floats a, Floats b) { return select(a < b, b, a); }  // of a NaN and a number, `a`
 INLINE Ints max(Ints a, Ints b) { return select(a < b, b, a); }
 
@@ -91,6 +91,12 @@ INLINE float largest(Floats a) {
     for (int half = 8; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] = x[i] < x[i + half] ? x[i + half] : x[i];
     return x[0];
+}
+INLINE int32_t sum(Ints a) {
+    int32_t x[16], total = 0;
+    memcpy(x, &a, 64);
+    for (int i = 0; i < 16; i++) total += x[i];
+    return total;
 }
 INLINE int32_t largest(Ints a) {
     int32_t x[16];
@@ -173,6 +179,48 @@ INLINE Ints without_offset(Ints sums, const int32_t *correction) {
 #endif
 }
 
+// Sixteen sums take in four products each: x holds four signed bytes, none of them -128, w [16][4] too. The sums begin
+// with `signed_offset` of the sum of all x, as AVX-512 multiplies w + 128.
+INLINE IntPart byte_of(IntPart a, int k) { return a << (24 - 8 * k) >> 24; }  // signed
+INLINE Ints dot_signed(Ints sums, uint32_t x, Ints w) {
+#if defined(__AVX512VNNI__)
+    const __m512i unsigned_w = _mm512_xor_si512((__m512i)w.part[0], _mm512_set1_epi8((char)0x80));
+    sums.part[0] = (IntPart)_mm512_dpbusd_epi32((__m512i)sums.part[0], unsigned_w, _mm512_set1_epi32((int)x));
+#elif defined(__AVX2__)
+    EACH {
+        const __m256i four = _mm256_sign_epi8(_mm256_set1_epi32((int)x), (__m256i)w.part[i]);
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w.part[i]), four);
+        sums.part[i] += (IntPart)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
+#else
+    EACH for (int k = 0; k < 4; k++) sums.part[i] += byte_of(w.part[i], k) * (int8_t)(x >> (8 * k));
+#endif
+    return sums;
+}
+INLINE int32_t signed_offset(int32_t sum_of_x) {
+#if defined(__AVX512VNNI__)
+    return -128 * sum_of_x;
+#else
+    (void)sum_of_x;
+    return 0;
+#endif
+}
+// The same where each byte of x is one of 0 to 127, and no offset.
+INLINE Ints dot_positive(Ints sums, uint32_t x, Ints w) {
+#if defined(__AVX512VNNI__)
+    const __m512i four = _mm512_set1_epi32((int)x);
+    sums.part[0] = (IntPart)_mm512_dpbusd_epi32((__m512i)sums.part[0], four, (__m512i)w.part[0]);
+#elif defined(__AVX2__)
+    EACH {
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi32((int)x), (__m256i)w.part[i]);
+        sums.part[i] += (IntPart)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
+#else
+    sums = dot_signed(sums, x, w);
+#endif
+    return sums;
+}
+
 // Sixteen sums take in two products of bf16 each, the second of the pair first, as `vdpbf16ps` does. A product of two
 // bf16 is exact in fp32, so all instruction sets agree (but that `vdpbf16ps` takes what is below 1.2e-38 for zero).
 INLINE Floats dot_pairs(Floats sums, uint32_t x, Ints pairs) {
@@ -187,6 +235,7 @@ INLINE Floats dot_pairs(Floats sums, uint32_t x, Ints pairs) {
 #endif
 }
 INLINE Ints load_pairs(const uint16_t *p) { return load((const int32_t *)p); }
+INLINE Ints load_bits(const uint8_t *p) { return load((const int32_t *)p); }
 
 INLINE uint32_t word(const void *p) { uint32_t x; memcpy(&x, p, 4); return x; }
 
