@@ -139,10 +139,11 @@ class TritonForward:
     samples_on_device = True
 
     def __init__(self, decoder: Decoder, config: EngineConfig, num_blocks: int) -> None:
-        from model.kernels.gpu.linear import WeightInt8Linear  # there is no Triton where there is no GPU
+        from model.kernels.gpu.linear import DenseLinear, WeightInt8Linear  # there is no Triton where there is no GPU
         from model.kernels.gpu.step import FusedStep
 
         replace_linears(decoder, WeightInt8Linear, Int8Linear)
+        replace_linears(decoder, DenseLinear)
         self.config, self.logits = decoder.config, decoder.logits
         weight = decoder.embedding
         dtype = self._cache_dtype(decoder, config)

@@ -24,6 +24,7 @@ from model.config import ModelConfig
 from model.kernels.activation import Activation, gated
 from model.kernels.int8 import int8_linear
 from model.kernels.norm import add_rms_norm
+from model.kernels.one_row import one_row_linear
 from model.kernels.rope import rope_and_store
 from model.kernels.sampling import sample
 
@@ -103,6 +104,14 @@ def product(rows: int, dtype: torch.dtype, *, has_bias: bool) -> None:
     int8_linear(torch.zeros(rows, 512, dtype=dtype), weight, scale, torch.zeros(256) if has_bias else None)
 
 
+def one_row(dtype: torch.dtype, weights: torch.dtype) -> None:
+    """Weights of 256 channels, of few inputs and of many."""
+    for depth in (576, 14336):
+        x, bias = torch.zeros(1, depth, dtype=dtype), torch.zeros(256, dtype=dtype)
+        scale = torch.ones(256) if weights == torch.int8 else None
+        one_row_linear(x, torch.zeros(256, depth, dtype=weights), scale, bias)
+
+
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """What a served model may ask for: every kernel, dtype and option, the largest heads among them."""
     bf16, fp32, fp8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
@@ -129,6 +138,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (bf16, fp32):
         yield f"sampling, {dtype}", partial(sampled, dtype)
         yield f"int8, {dtype}", partial(product, 40, dtype, has_bias=True)
+        yield f"one row, {dtype}", partial(one_row, dtype, dtype)
+        yield f"one row, {dtype}, int8", partial(one_row, dtype, torch.int8)
         for size in (576, 8192):
             x = torch.zeros(3, size, dtype=dtype)
             yield f"norm of {size}, {dtype}", partial(add_rms_norm, x, x.clone(), x[0].clone(), 1e-5)

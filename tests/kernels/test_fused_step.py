@@ -121,7 +121,7 @@ def widen(linear: Int8Linear) -> Linear:
     return wide
 
 
-def test_many_rows_are_multiplied_with_widened_weights():
+def test_int8_weights_are_right_for_many_rows_for_a_few_and_for_one():
     generator = torch.Generator().manual_seed(0)
     linear = Linear(24, 40, bias=True).requires_grad_(False)
     linear.weight.normal_(generator=generator)
@@ -130,6 +130,6 @@ def test_many_rows_are_multiplied_with_widened_weights():
     x = torch.randn(FEW_ROWS + 1, 24, generator=generator)
     expected = int8_linear_torch(x, quantized.weight, quantized.scale, quantized.bias)
     product = WeightInt8Linear(quantized).to(DEVICE)
-    for rows in (FEW_ROWS + 1, 3):
+    for rows in (FEW_ROWS + 1, 3, 1):
         found = product(x[:rows].to(DEVICE)).cpu()
         torch.testing.assert_close(found, expected[:rows], atol=1e-4, rtol=1e-4)

@@ -8,6 +8,7 @@ from model.cache.pool import FP8
 from model.kernels.activation import Activation, gated, gated_torch
 from model.kernels.int8 import MAX_ROWS, int8_linear, int8_linear_torch
 from model.kernels.norm import add_rms_norm, add_rms_norm_torch
+from model.kernels.one_row import one_row_linear, one_row_linear_torch
 from model.kernels.rope import rope_and_store, rope_and_store_torch
 
 pytestmark = pytest.mark.fast
@@ -106,3 +107,16 @@ def test_int8_weights(draw, rows, depth, channels, biased):
     scale = torch.rand(channels, generator=generator).to(DEVICE) / depth / 10
     x, bias = draw(rows, depth), draw(channels) if biased else None
     assert_equal(int8_linear(x, weight, scale, bias), int8_linear_torch(x, weight, scale, bias))
+
+
+@pytest.mark.parametrize(("depth", "channels"), [(64, 64), (77, 130), (1, 3), (2100, 5), (4097, 2)])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("weights", ["dense", "int8"])
+def test_one_row_by_itself(draw, depth, channels, biased, weights):
+    generator = torch.Generator().manual_seed(1)
+    x, bias, scale = draw(1, depth), draw(channels) if biased else None, None
+    weight = draw(channels, depth)
+    if weights == "int8":
+        weight = torch.randint(-127, 128, (channels, depth), generator=generator).to(DEVICE, torch.int8)
+        scale = torch.rand(channels, generator=generator).to(DEVICE) / depth / 10
+    assert_equal(one_row_linear(x, weight, scale, bias), one_row_linear_torch(x, weight, scale, bias))

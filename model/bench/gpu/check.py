@@ -23,6 +23,7 @@ from model.engine.request import Request
 from model.kernels.activation import gated, gated_torch
 from model.kernels.int8 import int8_linear, int8_linear_torch
 from model.kernels.norm import add_rms_norm, add_rms_norm_torch
+from model.kernels.one_row import one_row_linear, one_row_linear_torch
 from model.kernels.rope import rope_and_store, rope_and_store_torch
 from model.kernels.sampling import sample
 from model.sampling.draw import draw, drop_unlikely, keyed_uniforms, truncate
@@ -97,6 +98,8 @@ def cases(scale: Scale, dtype: torch.dtype, device: torch.device) -> Iterator[tu
     yield "rope and store", partial(check_rope, normal)
     for rows in (1, 7, 64):
         yield f"int8 product of {rows} rows", partial(check_int8, normal, rows, 4096 if on_card else 200)
+    for depth in (576, 4096, 14336) if on_card else (200,):
+        yield f"one row of {depth}", partial(check_one_row, normal, depth)
 
 
 def check_attention(config: ModelConfig, lengths: list[tuple[int, int]], normal: Callable[..., Tensor]) -> Pair:
@@ -166,6 +169,17 @@ def check_int8(normal: Callable[..., Tensor], rows: int, depth: int) -> Pair:
     weight = torch.randint(-127, 128, (channels, depth), device=x.device, dtype=torch.int8)
     scale = torch.rand(channels, device=x.device) / depth
     return int8_linear(x, weight, scale), int8_linear_torch(x.float(), weight, scale)
+
+
+def check_one_row(normal: Callable[..., Tensor], depth: int) -> Pair:
+    """A product of one row, behind it the same with int8 weights."""
+    x, channels = normal(1, depth), 301
+    dense = normal(channels, depth)
+    int8 = torch.randint(-127, 128, (channels, depth), device=x.device, dtype=torch.int8)
+    scale = torch.rand(channels, device=x.device) / 50
+    found = one_row_linear(x, dense), one_row_linear(x, int8, scale)
+    expected = one_row_linear_torch(x.float(), dense), one_row_linear_torch(x.float(), int8, scale)
+    return torch.cat(found), torch.cat(expected)
 
 
 def check_sampling(device: torch.device) -> dict[str, Any]:

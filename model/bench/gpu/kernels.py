@@ -18,6 +18,7 @@ from model.config import ModelConfig
 from model.kernels.activation import gated
 from model.kernels.int8 import int8_linear
 from model.kernels.norm import add_rms_norm
+from model.kernels.one_row import one_row_linear
 from model.kernels.rope import rope_and_store
 from model.kernels.sampling import sample
 
@@ -67,7 +68,9 @@ def kernels(scale: Scale, device: torch.device) -> dict[str, Callable[[], Measur
         named[f"torch's product, gate and up, {rows} rows"] = partial(product, large, rows, dtype, device)
         for top_p in (1.0, 0.9):
             named[f"sampling, {rows} rows, top p {top_p}"] = partial(draws, small, rows, top_p, dtype, device)
-    for rows in (1, 16, 64):
+    for weights in ("dense", "int8"):
+        named[f"one row's product, gate and up, {weights}"] = partial(one_row, large, weights, dtype, device)
+    for rows in (16, 64):
         named[f"int8 product, gate and up, {rows} rows"] = partial(int8, large, rows, dtype, device)
     return named
 
@@ -142,6 +145,18 @@ def int8(config: ModelConfig, rows: int, dtype: torch.dtype, device: torch.devic
     weight = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
     scale = torch.rand(len(weight), device=device)
     return lambda: int8_linear(x, weight, scale), float(weight.numel()), 2.0 * rows * weight.numel()
+
+
+def one_row(config: ModelConfig, weights: str, dtype: torch.dtype, device: torch.device) -> Measured:
+    """Gate and up projection of one row: reads the weights."""
+    x = torch.randn(1, config.hidden_size, device=device).to(dtype)
+    shape = (2 * config.intermediate_size, config.hidden_size)
+    if weights == "dense":
+        weight, scale = torch.randn(shape, device=device).to(dtype), None
+    else:
+        weight = torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+        scale = torch.rand(len(weight), device=device)
+    return lambda: one_row_linear(x, weight, scale), float(weight.nbytes), 2.0 * weight.numel()
 
 
 def draws(config: ModelConfig, rows: int, top_p: float, dtype: torch.dtype, device: torch.device) -> Measured:

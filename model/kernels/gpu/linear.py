@@ -1,12 +1,27 @@
-"""Linear maps with int8 weights on a GPU: the activations stay as they are."""
+"""Linear maps on a GPU: by cuBLAS, but for one row, and but for int8 weights, whose activations stay as they are."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.kernels.int8 import int8_linear
-from model.layers import Int8Linear
+from model.kernels.one_row import one_row_linear
+from model.layers import Int8Linear, Linear
 
 FEW_ROWS = 256  # a decode step; with more, computing takes longer than reading, and weights are widened beforehand
+
+
+class DenseLinear(nn.Module):
+    """A `Linear`, with a kernel of ours for one row. weight: [out_features, in_features]."""
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [num_tokens, in_features] -> [num_tokens, out_features]."""
+        if len(x) == 1:
+            return one_row_linear(x.contiguous(), self.weight, bias=self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 class WeightInt8Linear(nn.Module):
@@ -22,6 +37,8 @@ class WeightInt8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [num_tokens, in_features] -> [num_tokens, out_features], in x's dtype."""
+        if len(x) == 1:
+            return one_row_linear(x.contiguous(), self.weight, self.scale, self.bias)
         if len(x) <= FEW_ROWS:
             return int8_linear(x.contiguous(), self.weight, self.scale, self.bias)
         wide = self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None]
