@@ -10,9 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# By the bytes of one weight: how many of a channel a program takes at a time, and a warp of it.
-PIECE = {1: 1024, 2: 4096, 4: 2048}
-OF_A_WARP = {1: 256, 2: 512, 4: 512}
+PIECE = {1: 1024, 2: 4096, 4: 2048}  # weights of a channel that a program takes at a time, by the bytes of one
 SHALLOW = 2048  # inputs; with fewer, a program takes two channels
 
 
@@ -52,7 +50,7 @@ def one_row_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias:
     _one_row_linear[(triton.cdiv(channels, together),)](
         x, weight, out if scale is None else scale, out if bias is None else bias, out, channels,
         DEPTH=depth, CHANNELS=together, PIECE=piece, HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
-        num_warps=max(1, together * piece // OF_A_WARP[size]),
+        num_warps=8 if piece > 2048 else 4,
     )  # fmt: skip
     return out
 
