@@ -88,7 +88,18 @@ class _Lane:
 
     def __init__(self, copies: CopyEngine, num_bytes: int) -> None:
         self.host, self.device = copies.host(num_bytes), copies.device(num_bytes)
+        self.packed = self.host.numpy()
         self.wait: Wait = _nothing
+        # The whole buffer in each dtype, so that an array is one slice: some 50 us less of a step with 17 of them.
+        self._typed: dict[np.dtype[Any], Tensor] = {}
+
+    def view(self, array: NDArray[Any], start: int) -> Tensor:
+        """What came from `array`, packed from byte `start` on, on the device."""
+        if (typed := self._typed.get(array.dtype)) is None:
+            typed = self._typed[array.dtype] = self.device.view(torch.from_numpy(np.empty(0, array.dtype)).dtype)
+        first = start // array.itemsize
+        flat = typed[first : first + array.size]
+        return flat if array.ndim == 1 else flat.view(array.shape)
 
 
 class PinnedTransfers:
@@ -102,15 +113,14 @@ class PinnedTransfers:
 
     def send(self, arrays: Sequence[NDArray[Any]]) -> list[Tensor]:
         """See `Transfers`."""
-        ends = np.cumsum([-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays]).tolist()
+        ends = np.cumsum([_aligned(array.nbytes) for array in arrays]).tolist()
         starts = [0, *ends[:-1]]
         lane = self._lane(self._out, self._sent, ends[-1])
         self._sent += 1
-        packed = lane.host.numpy()
         for array, start in zip(arrays, starts, strict=True):
-            packed[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            lane.packed[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         lane.wait = self._copies.copy(lane.device[: ends[-1]], lane.host[: ends[-1]])
-        return [_view(lane.device, start, array) for array, start in zip(arrays, starts, strict=True)]
+        return [lane.view(array, start) for array, start in zip(arrays, starts, strict=True)]
 
     def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
         """See `Transfers`."""
@@ -130,7 +140,7 @@ class PinnedTransfers:
         index = turn % BUFFERS
         lanes[index].wait()
         if lanes[index].host.nbytes < num_bytes:
-            lanes[index] = _Lane(self._copies, 2 * num_bytes)
+            lanes[index] = _Lane(self._copies, 2 * _aligned(num_bytes))
         return lanes[index]
 
 
@@ -139,9 +149,8 @@ def transfers_for(device: torch.device) -> Transfers:
     return PinnedTransfers(CudaCopies(device)) if device.type == "cuda" else DirectTransfers(device)
 
 
-def _view(memory: Tensor, start: int, array: NDArray[Any]) -> Tensor:
-    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-    return memory[start : start + array.nbytes].view(dtype).view(array.shape)
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def _nothing() -> None:
