@@ -18,7 +18,7 @@ from model.sampling.params import SamplingParams
 from model.text.detokenize import Detokenizer
 from model.text.tokenizer import Tokenizer
 from tests.faults.conftest import scaled
-from tests.faults.survivors import PROMPT, Told, pause_at, same, tell_all, until
+from tests.faults.survivors import PROMPT, Told, pause_at, same, tell_all, until, until_engines
 from tests.service.conftest import Running, start, stop
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
@@ -71,6 +71,7 @@ async def test_one_that_is_killed_takes_the_other_along_and_the_streams_go_on(
     """`undisturbed` was said by one process, so this is also the proof that two say the same."""
     for _ in range(scaled(1, 5)):
         await until_complete(running)
+        await until_engines(running, 2)
         victim = (ranks if who == "rank" else Running.engine_processes)(running)[0]
         before = pids(running)
         resumes = running.metrics()["attendant_stream_resumes_total"]
