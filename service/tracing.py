@@ -52,6 +52,8 @@ class Tracer:
         self._provider = TracerProvider(resource=ours.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("attendant", __version__)
+        # Asked for once: what begins with its parent is not to begin before it.
+        self._epoch_ns = time.time_ns() - _ns(time.perf_counter())
         self._is_closed = False
 
     @classmethod
@@ -71,7 +73,7 @@ class Tracer:
             scope["method"],
             context=propagate.extract(carrier),
             kind=SpanKind.SERVER,
-            start_time=_unix_ns(call.arrived),
+            start_time=self._unix_ns(call.arrived),
         )
         call.trace_response = _trace_response(call.span)
         if call.span.is_recording():
@@ -97,7 +99,7 @@ class Tracer:
             span.set_status(Status(StatusCode.ERROR))
         if call.admitted_at:
             self._phase(set_span_in_context(span), "admission", call.arrived, call.admitted_at)
-        span.end()
+        span.end(self._unix_ns(time.perf_counter()))
 
     def phases(self, timing: Timing, trail: Trail, *, failed: bool) -> None:
         """The engine's part of a request that is over. What was not reached has no span; what was cut ends now.
@@ -126,10 +128,14 @@ class Tracer:
         closing.join(CLOSE_TIMEOUT_S)
 
     def _phase(self, parent: Context, name: str, begun: float, ended: float, *, failed: bool = False) -> None:
-        span = self._tracer.start_span(name, context=parent, start_time=_unix_ns(begun))
+        span = self._tracer.start_span(name, context=parent, start_time=self._unix_ns(begun))
         if failed:
             span.set_status(Status(StatusCode.ERROR))
-        span.end(_unix_ns(ended))
+        span.end(self._unix_ns(ended))
+
+    def _unix_ns(self, moment: float) -> int:
+        """A moment on `time.perf_counter`'s clock, in nanoseconds of Unix time."""
+        return self._epoch_ns + _ns(moment)
 
 
 def _trace_response(span: Span) -> str | None:
@@ -143,9 +149,8 @@ def _trace_response(span: Span) -> str | None:
     return f"00-{format_trace_id(known.trace_id)}-{format_span_id(known.span_id)}-{known.trace_flags & 1:02x}"
 
 
-def _unix_ns(moment: float) -> int:
-    """A moment on `time.perf_counter`'s clock, in nanoseconds of Unix time."""
-    return time.time_ns() - round((time.perf_counter() - moment) * 1e9)
+def _ns(seconds: float) -> int:
+    return round(seconds * 1e9)
 
 
 def _http_attributes(scope: Scope, route: str, status: int) -> Iterator[tuple[str, AttributeValue]]:

@@ -195,7 +195,7 @@ def test_generate_asks_a_running_service(url: str) -> None:
 
 def test_generate_refuses_what_is_the_services_own(url: str) -> None:
     result = CliRunner().invoke(app, ["generate", "Once", "--url", url, "--dtype", "int8"])
-    assert "leave them out" in str(result.exception)
+    assert "leave that out" in str(result.exception)
 
 
 def test_chat_talks_to_a_running_service(url: str) -> None:
