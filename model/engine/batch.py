@@ -95,7 +95,7 @@ def stage(
     sampler_rows, sample_positions = np.repeat(kept.rows, samples), positions[sample_rows] + 1
     asked = kept.sampler.asked(sampler_rows, sample_positions) if kept.sampler is not None and sampling else []
     of_plan = plan_arrays(plan)
-    sent = iter(transfers.send([*of_tokens, *_unread(requests, starts, plan, unread), *of_plan, *asked]))
+    sent = iter(transfers.send([*of_tokens, *_unread(step.requests, plan, unread), *of_plan, *asked]))
     token_ids_there, positions_there, prompt_lens_there, sample_rows_there, rows, places = islice(sent, 6)
     if unread is not None and len(rows):
         token_ids_there[rows] = unread.token_ids[places]
@@ -150,11 +150,11 @@ def _sample_rows(samples: Sequence[int], plan: AttentionPlan) -> NDArray[np.int6
 
 
 def _unread(
-    requests: Sequence[Request], starts: Sequence[int], plan: AttentionPlan, unread: Unread | None
+    scheduled: Sequence[ScheduledRequest], plan: AttentionPlan, unread: Unread | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The rows whose tokens are still on their way, and where each of them is in what the last step draws."""
     if unread is None:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    pending = [index for index, start in enumerate(starts) if start >= requests[index].num_tokens]
-    places = [unread.places[requests[index]] for index in pending]
+    pending = [index for index, item in enumerate(scheduled) if item.is_unread]
+    places = [unread.places[scheduled[index].request] for index in pending]
     return plan.query_start_loc[pending], np.array(places, dtype=np.int64)
