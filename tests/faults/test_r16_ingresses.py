@@ -84,7 +84,8 @@ async def test_both_ingresses_serve_and_an_engine_that_dies_costs_neither_a_stre
     undisturbed = await asyncio.gather(*(read(client, request) for request in requests))
     before = by_replica(running, "generation_tokens_total")
     stories, reading = await begin(client, requests)
-    running.engine_processes()[0].send_signal(signal.SIGKILL)
+    victim, *_ = await asyncio.to_thread(running.engines_at_work)
+    victim.send_signal(signal.SIGKILL)
     await asyncio.gather(*reading)
     served = by_replica(running, "generation_tokens_total")
     assert [(story.is_whole, story.text) for story in stories] == [(True, other.text) for other in undisturbed]

@@ -4,6 +4,7 @@ A replica that went on without its rank would hang in the next step, or end its 
 rank that went on without its replica would hold its memory, and on a GPU all of it, for nobody.
 """
 
+import asyncio
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,13 @@ def ranks(running: Running) -> list[psutil.Process]:
     return [child for child in running.children() if "ray::Rank" in " ".join(child.cmdline())]
 
 
+def rank_of(running: Running, engine: psutil.Process) -> psutil.Process:
+    """The one that is connected to it."""
+    ports = {connection.laddr.port for connection in engine.net_connections("tcp")}
+    peers = {rank: {peer.raddr.port for peer in rank.net_connections("tcp") if peer.raddr} for rank in ranks(running)}
+    return next(rank for rank in peers if peers[rank] & ports)
+
+
 def pids(running: Running) -> set[int]:
     return {process.pid for process in (*ranks(running), *running.engine_processes())}
 
@@ -72,11 +80,12 @@ async def test_one_that_is_killed_takes_the_other_along_and_the_streams_go_on(
     for _ in range(scaled(1, 5)):
         await until_complete(running)
         await until_engines(running, 2)
-        victim = (ranks if who == "rank" else Running.engine_processes)(running)[0]
         before = pids(running)
         resumes = running.metrics()["attendant_stream_resumes_total"]
 
-        async def kill(victim: psutil.Process = victim) -> None:
+        async def kill() -> None:
+            engine, *_ = await asyncio.to_thread(running.engines_at_work)
+            victim = engine if who == "replica" else rank_of(running, engine)
             victim.send_signal(signal.SIGKILL)
 
         disturbed = await tell_all(running, STREAMS, TOKENS, kill)

@@ -4,6 +4,7 @@ Without the journal every stream of the dead replica ends in the middle; without
 ones go on with another text.
 """
 
+import asyncio
 import signal
 
 import pytest
@@ -14,7 +15,7 @@ from tests.service.conftest import Running
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
-STREAMS, TOKENS = 24, 128
+STREAMS, TOKENS = 24, 256
 PAUSE_S = 2.0
 
 
@@ -23,13 +24,13 @@ async def test_streams_of_killed_replicas_are_what_they_would_have_been(fleet: R
     disturbed: list[Told] = []
     kills = scaled(1, 20)
     resumes = fleet.metrics()["attendant_stream_resumes_total"]
+
+    async def kill() -> None:
+        victim, *_ = await asyncio.to_thread(fleet.engines_at_work)
+        victim.send_signal(signal.SIGKILL)
+
     for _ in range(kills):
         await until_engines(fleet, 2)
-        victim, *_ = fleet.engine_processes()
-
-        async def kill(victim=victim) -> None:
-            victim.send_signal(signal.SIGKILL)
-
         disturbed += await tell_all(fleet, STREAMS, TOKENS, kill)
     moved = fleet.metrics()["attendant_stream_resumes_total"] - resumes
     identical = same(disturbed, undisturbed * kills)

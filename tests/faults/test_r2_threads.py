@@ -18,18 +18,19 @@ from tests.service.conftest import Running
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
-STREAMS, TOKENS = 24, 128
+STREAMS, TOKENS = 24, 256
 NOTICED_S, PAUSE_S = 1.0, 2.0
 
 
 async def strike(fleet: Running, number: int) -> tuple[list[Told], float]:
     """Streams under which one engine fails, and the seconds until the first has moved. Returns when it is replaced."""
     await until_engines(fleet, 2)
-    victim, *_ = fleet.engine_processes()
+    victim: psutil.Process
     resumes, noticed = fleet.metrics()["attendant_stream_resumes_total"], 0.0
 
     async def fail() -> None:
-        nonlocal noticed
+        nonlocal victim, noticed
+        victim, *_ = await asyncio.to_thread(fleet.engines_at_work)
         began = time.perf_counter()
         victim.send_signal(number)
         await until(lambda: fleet.metrics()["attendant_stream_resumes_total"] > resumes, 60)

@@ -8,6 +8,7 @@ tokens are told twice.
 import asyncio
 import signal
 
+import psutil
 import pytest
 
 from tests.faults.conftest import scaled
@@ -16,7 +17,7 @@ from tests.service.conftest import Running
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
-STREAMS, TOKENS = 8, 400
+STREAMS, TOKENS = 8, 600
 ASLEEP_S = 10.0
 
 
@@ -29,11 +30,13 @@ async def test_streams_of_a_replica_that_stands_still_go_on_elsewhere(fleet: Run
     undisturbed = await tell_all(fleet, STREAMS, TOKENS)
     for _ in range(scaled(1, 5)):
         await until_engines(fleet, 2)
-        victim, *_ = fleet.engine_processes()
+        victim: psutil.Process
         resumes = await num_resumes(fleet)
         awake = asyncio.Event()
 
-        async def stand_still(victim=victim, awake=awake) -> None:
+        async def stand_still(awake=awake) -> None:
+            nonlocal victim
+            victim, *_ = await asyncio.to_thread(fleet.engines_at_work)
             victim.send_signal(signal.SIGSTOP)
             asyncio.get_running_loop().call_later(ASLEEP_S, lambda: (victim.send_signal(signal.SIGCONT), awake.set()))
 
