@@ -35,7 +35,8 @@ class LateCopies:
             self.num_waits += 1
             if not done:
                 assert not outward or torch.equal(source, begun), "a buffer was written while it was being copied"
-                target.copy_(begun)
+                if not outward:
+                    target.copy_(begun)
                 done.append(True)
 
         return wait

@@ -20,17 +20,27 @@ from model.sampling.sampler import Asked, Sampler
 PlanArrays = Callable[[AttentionPlan], Sequence[NDArray[Any]]]
 
 
+class Samples(NamedTuple):
+    """What a step samples: an entry for each token.
+
+    requests: whose it is; rows, positions: [num_samples], on the host, the request's row in the sampler and where the
+        token will stand; guesses: what the request's next sample takes it to be, None for the last one.
+    asked: what each one's request asks for, on the device; None where nothing is sampled there.
+    """
+
+    requests: Sequence[Request]
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    guesses: Sequence[int | None]
+    asked: Asked | None
+
+
 @dataclass(frozen=True)
 class Batch:
     """One step on the device. Rows are the new tokens of all sequences, decodes first.
 
     token_ids, positions, prompt_lens: [num_tokens]; the last is how long the prompt of each token's request is.
     sample_rows: [num_samples]: the rows whose logits give tokens: of each sampling request the last ones.
-    sampling: the request of each sample; sampler_rows, sample_positions: [num_samples], on the host, its row in the
-        sampler and where the sampled token will stand; guesses: what the request's next sample takes it to be, None for
-        the last one.
-    asked: what each sample's request asks for, on the device; None where nothing is sampled there. is_plain: whether it
-        is, from the logits as the model gives them.
     plan_tensors: what the forward pass wants of the plan, on the device.
     host_arrays: token_ids, positions, prompt_lens and sample_rows once more, as they were on the host.
     inspection: None unless someone asks to see attention weights of this step.
@@ -43,23 +53,15 @@ class Batch:
     plan: AttentionPlan
     plan_tensors: Sequence[Tensor]
     host_arrays: Sequence[NDArray[np.int64]]
-    sampling: Sequence[Request]
-    sampler_rows: NDArray[np.int64]
-    sample_positions: NDArray[np.int64]
-    guesses: Sequence[int | None]
-    asked: Asked | None
-    is_plain: bool
+    samples: Samples
     inspection: Inspection | None
 
 
 class KeptRows(NamedTuple):
-    """What is kept of requests from step to step. rows: of the step's requests, each its own; sampler: None where the
-    device does not sample.
-    """
+    """What is kept of requests from step to step. rows: of the step's requests, each its own."""
 
     rows: Sequence[int]
     tables: BlockTables
-    sampler: Sampler | None
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,16 @@ class Unread:
 
 def decodes_first(step: ScheduledStep) -> ScheduledStep:
     """The same step with single-token requests in front, as attention wants them. Order is otherwise kept."""
-    return ScheduledStep(tuple(sorted(step.requests, key=lambda scheduled: scheduled.num_tokens > 1)))
+    decodes = [scheduled for scheduled in step.requests if scheduled.num_tokens == 1]
+    if len(decodes) == len(step.requests):
+        return step
+    return ScheduledStep((*decodes, *(scheduled for scheduled in step.requests if scheduled.num_tokens > 1)))
 
 
 def stage(
     step: ScheduledStep,
     kept: KeptRows,
+    sampler: Sampler | None,
     block_size: int,
     transfers: Transfers,
     plan_arrays: PlanArrays,
@@ -85,7 +91,8 @@ def stage(
 ) -> Batch:
     """Lay out a step, already with its decodes first.
 
-    plan_arrays: what the forward pass wants of the plan. unread: of the step before, if it is still on its way.
+    sampler: None where the device does not sample. plan_arrays: what the forward pass wants of the plan. unread: of the
+    step before, if it is still on its way.
     """
     requests, starts, counts, drafts, samples, _ = zip(*step.requests, strict=True)
     block_tables = kept.tables.of(kept.rows, [request.block_table for request in requests])
@@ -93,7 +100,7 @@ def stage(
     _, positions, _, sample_rows = of_tokens = _of_tokens(step, plan)
     sampling = [request for request, count in zip(requests, samples, strict=True) for _ in range(count)]
     sampler_rows, sample_positions = np.repeat(kept.rows, samples), positions[sample_rows] + 1
-    asked = kept.sampler.asked(sampler_rows, sample_positions) if kept.sampler is not None and sampling else []
+    asked = sampler.asked(sampler_rows, sample_positions) if sampler is not None and sampling else []
     of_plan = plan_arrays(plan)
     sent = iter(transfers.send([*of_tokens, *_unread(step.requests, plan, unread), *of_plan, *asked]))
     token_ids_there, positions_there, prompt_lens_there, sample_rows_there, rows, places = islice(sent, 6)
@@ -107,12 +114,13 @@ def stage(
         plan=plan,
         plan_tensors=list(islice(sent, len(of_plan))),
         host_arrays=of_tokens,
-        sampling=sampling,
-        sampler_rows=sampler_rows,
-        sample_positions=sample_positions,
-        guesses=[guess for ids, count in zip(drafts, samples, strict=True) if count for guess in (*ids, None)],
-        asked=Asked(*sent) if asked else None,
-        is_plain=kept.sampler is not None and kept.sampler.leaves_logits(sampler_rows),
+        samples=Samples(
+            sampling,
+            sampler_rows,
+            sample_positions,
+            [guess for ids, count in zip(drafts, samples, strict=True) if count for guess in (*ids, None)],
+            Asked(*sent) if asked else None,
+        ),
         inspection=_inspection(plan, sample_rows, sampling),
     )
 

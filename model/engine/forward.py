@@ -18,12 +18,13 @@ from model.cache.pool import FP8, KVPool, bytes_per_token
 from model.config import EngineConfig, ModelConfig
 from model.decoder import Decoder, DecoderLayer
 from model.engine.batch import Batch
-from model.engine.graphs import DecodeGraphs, Inputs, Outputs, capture_for
+from model.engine.decodes import DecodeSteps, Inputs, Outputs
+from model.engine.graphs import DecodeGraphs, capture_for
 from model.engine.memory import no_int8_cache
 from model.errors import ConfigError
 from model.kernels.cpu.step import NativeStep, native_cache_dtype, why_not
 from model.layers import Int8Linear, replace_linears
-from model.sampling.sampler import Early
+from model.sampling.sampler import Drawn, Likeliest
 
 logger = logging.getLogger(__name__)
 
@@ -31,21 +32,26 @@ FIRST_WITH_FP8 = (8, 9)  # of CUDA's compute capabilities
 
 
 class Forwarded(NamedTuple):
-    """hidden: final states of the step's tokens, [num_tokens, hidden_size]; logits: [num_samples, vocab_size]; early:
-    what the forward pass has found out about them by the way. All may lie in memory that the next step overwrites.
+    """hidden: final states of the step's tokens, [num_tokens, hidden_size]; logits: [num_samples, vocab_size];
+    likeliest, drawn: what the forward pass has found by the way, and what it has drawn itself. All may lie in memory
+    that the next step overwrites.
     """
 
     hidden: Tensor
     logits: Tensor
-    early: Early = Early()
+    likeliest: Likeliest | None = None
+    drawn: Drawn | None = None
 
 
 class Forward(Protocol):
-    """A decoder with its cache. samples_on_device: whether our sampling kernel takes its logits."""
+    """A decoder with its cache. samples_on_device: whether our sampling kernel takes its logits. decodes: stages steps
+    that are not for `forward`, but for graphs.
+    """
 
     config: ModelConfig
     pool: KVPool | PackedPool
     samples_on_device: bool
+    decodes: DecodeSteps | None
 
     def plan_arrays(self, plan: AttentionPlan) -> Sequence[NDArray[Any]]:
         """What it wants of a step's plan on the device, as `Batch.plan_tensors`."""
@@ -65,6 +71,7 @@ class TorchForward:
 
     pool: KVPool | PackedPool
     samples_on_device = False
+    decodes: DecodeSteps | None = None
 
     def __init__(self, decoder: Decoder, config: EngineConfig, num_blocks: int) -> None:
         self.decoder, self.config = decoder, decoder.config
@@ -98,6 +105,7 @@ class NativeForward:
 
     pool: KVPool | PackedPool
     samples_on_device = False
+    decodes: DecodeSteps | None = None
 
     def __init__(self, decoder: Decoder, config: EngineConfig, num_blocks: int) -> None:
         self.config = decoder.config
@@ -129,7 +137,7 @@ class NativeForward:
         if inspection is not None and queries is not None:
             for layer in inspection.layers:
                 inspection.keep(self._scores[layer], queries[layer, inspection.samples, :, : self.config.head_dim])
-        return Forwarded(stepped.hidden, stepped.logits, Early(likeliest=(stepped.likeliest, stepped.largest)))
+        return Forwarded(stepped.hidden, stepped.logits, (stepped.likeliest, stepped.largest))
 
 
 class TritonForward:
@@ -150,7 +158,7 @@ class TritonForward:
         pool = KVPool(decoder.config, num_blocks, config.block_size, dtype, weight.device)
         self.pool = pool
         self._step = FusedStep(decoder, pool)
-        self._graphs = self._capture(decoder, config, pool)
+        self.decodes = self._capture(decoder, config, pool)
 
     @staticmethod
     def block_bytes(decoder: Decoder, config: EngineConfig) -> int:
@@ -182,14 +190,12 @@ class TritonForward:
     def forward(self, batch: Batch) -> Forwarded:
         """See `Forward`."""
         paged = self._step.paged(batch.plan, batch.plan_tensors)
-        if self._graphs is not None and self._graphs.fits(batch):
-            hidden, logits, *drawn = self._graphs.replay(batch, paged.slots, paged.lens, paged.tables)
-            return Forwarded(hidden, logits, Early(drawn=(drawn[0], drawn[1])))
         hidden = self._step.forward(batch.token_ids, batch.positions, batch.prompt_lens, paged, batch.inspection)
         return Forwarded(hidden, self.logits(hidden[batch.sample_rows]))
 
-    def _capture(self, decoder: Decoder, config: EngineConfig, pool: KVPool) -> DecodeGraphs | None:
+    def _capture(self, decoder: Decoder, config: EngineConfig, pool: KVPool) -> DecodeSteps | None:
         """Graphs of this decoder's decode steps, where that is possible and asked for."""
+        from model.kernels.decodes import place_decodes
         from model.kernels.gpu.step import why_not_captured
         from model.kernels.sampling import sample
 
@@ -210,16 +216,21 @@ class TritonForward:
 
         @torch.inference_mode()
         def run(size: int) -> None:
-            own = (inputs.slots[:size], inputs.tables[:size], inputs.lens[:size])
-            paged = self._step.decodes(size, longest, *own, nothing)
-            positions = inputs.positions[:size]
-            hidden = self._step.forward(inputs.token_ids[:size], positions, positions, paged)
+            token_ids, positions, slots, lens = (row[:size] for row in inputs.placed)
+            place_decodes(
+                inputs.numbers, outputs.token_ids, inputs.tables, token_ids, positions, slots, lens,
+                block_size=config.block_size,
+            )  # fmt: skip
+            paged = self._step.decodes(size, longest, slots, inputs.tables[:size], lens, nothing)
+            hidden = self._step.forward(token_ids, positions, positions, paged)
             logits = self.logits(hidden)
-            ids, usable = sample(logits, *(parameter[:size] for parameter in inputs.sampling))
-            for kept, computed in zip(outputs, (hidden, logits, ids, usable), strict=True):
-                kept[:size].copy_(computed)
+            temperature, top_k, top_p, min_p, seed = (parameter[:size] for parameter in inputs.sampling)
+            drawn = outputs.token_ids[:size], outputs.told[:size]
+            sample(logits, temperature, top_k, top_p, min_p, seed, lens, out=drawn)  # a token stands at the length
+            outputs.hidden[:size].copy_(hidden)
+            outputs.logits[:size].copy_(logits)
 
-        return DecodeGraphs(inputs, outputs, rows, run, capture)
+        return DecodeSteps(inputs, outputs, DecodeGraphs(rows, run, capture), config.block_size)
 
 
 def choose_kernels(

@@ -15,7 +15,7 @@ from torch import Tensor
 from model.attention.plan import AttentionPlan
 from model.config import EngineConfig
 from model.decoder import Decoder
-from model.engine.batch import Batch
+from model.engine.batch import Batch, Samples
 from model.engine.forward import Forward, Forwarded, choose_kernels
 from model.engine.transfer import DirectTransfers, Transfers
 
@@ -52,7 +52,7 @@ class LeadingForward:
     def __init__(self, own: Forward, group: Group) -> None:
         self._own, self._group = own, group
         self.config, self.pool = own.config, own.pool
-        self.samples_on_device = own.samples_on_device
+        self.samples_on_device, self.decodes = own.samples_on_device, own.decodes
         self.plan_arrays = own.plan_arrays
 
     def forward(self, batch: Batch) -> Forwarded:
@@ -116,11 +116,6 @@ def _batch(arrays: Arrays, num_decodes: int, block_size: int, own: Forward, tran
         plan=plan,
         plan_tensors=plan_tensors,
         host_arrays=host,
-        sampling=(),
-        sampler_rows=host[0][:0],
-        sample_positions=host[0][:0],
-        guesses=(),
-        asked=None,
-        is_plain=False,
+        samples=Samples((), host[0][:0], host[0][:0], (), None),
         inspection=None,
     )

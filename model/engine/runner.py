@@ -4,10 +4,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from model.engine.batch import Batch, KeptRows, Unread, stage
+from model.attention.inspect import Inspection
+from model.engine.batch import Batch, KeptRows, Samples, Unread, stage
+from model.engine.decodes import Decodes
 from model.engine.forward import Forward, Forwarded
 from model.engine.request import Request
 from model.engine.scheduled import ScheduledStep
@@ -23,16 +27,17 @@ class Flight:
     """A step that has been launched. drawn, told: None where it samples nothing; else `told` waits for its ids."""
 
     step: ScheduledStep
-    batch: Batch
+    samples: Samples
+    inspection: Inspection | None = None
     drawn: Drawn | None = None
-    told: Callable[[], Tensor] | None = None
+    told: Callable[[], NDArray[np.int64]] | None = None
 
     @cached_property
     def unread(self) -> Unread | None:
         """What the next step may go on with before the host has seen it."""
         if self.drawn is None:
             return None
-        return Unread({request: index for index, request in enumerate(self.batch.sampling)}, self.drawn.token_ids)
+        return Unread({request: index for index, request in enumerate(self.samples.requests)}, self.drawn.token_ids)
 
 
 class Runner:
@@ -56,27 +61,38 @@ class Runner:
                 request.row = None
 
     @torch.inference_mode()
-    def stage(self, step: ScheduledStep, block_size: int, before: Flight | None) -> Batch:
+    def stage(self, step: ScheduledStep, block_size: int, before: Flight | None) -> Batch | Decodes:
         """Lay out a step on the device. before: the step that is still on its way, if one is."""
-        rows = [self._row_of(scheduled.request) for scheduled in step.requests]
-        kept = KeptRows(rows, self._tables, self.sampler if self.compute.samples_on_device else None)
-        unread = None if before is None else before.unread
-        return stage(step, kept, block_size, self.transfers, self.compute.plan_arrays, unread)
+        kept = KeptRows([self._row_of(request) for request, *_ in step.requests], self._tables)
+        unread, compute = None if before is None else before.unread, self.compute
+        if compute.decodes is not None:
+            decodes = compute.decodes.stage(step, kept, self.sampler, self.transfers, unread)
+            if decodes is not None:
+                return decodes
+        sampler = self.sampler if compute.samples_on_device else None
+        return stage(step, kept, sampler, block_size, self.transfers, compute.plan_arrays, unread)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Forwarded:
+    def forward(self, batch: Batch | Decodes) -> Forwarded:
         """Run the decoder over the step's tokens."""
-        return self.compute.forward(batch)
+        if isinstance(batch, Batch):
+            return self.compute.forward(batch)
+        company = batch.company
+        company.replay()
+        return Forwarded(company.outputs.hidden, company.outputs.logits, drawn=company.drawn)
 
     @torch.inference_mode()
-    def sample(self, batch: Batch, step: ScheduledStep, forwarded: Forwarded) -> Flight:
+    def sample(self, batch: Batch | Decodes, step: ScheduledStep, forwarded: Forwarded) -> Flight:
         """Draw the next token of each request that samples, and begin to bring it to the host."""
         self._score_prompts(step, forwarded.hidden)
-        if not batch.sampling:
-            return Flight(step, batch)
-        rows, positions, guesses = batch.sampler_rows, batch.sample_positions, batch.guesses
-        drawn = self.sampler.draw(forwarded.logits, rows, positions, guesses, forwarded.early, batch.asked)
-        return Flight(step, batch, drawn, self.transfers.fetch(drawn.told))
+        samples, drawn = batch.samples, forwarded.drawn
+        inspection = batch.inspection if isinstance(batch, Batch) else None
+        if not samples.requests:
+            return Flight(step, samples)
+        if drawn is None:
+            _, rows, positions, guesses, asked = samples
+            drawn = self.sampler.draw(forwarded.logits, rows, positions, guesses, forwarded.likeliest, asked)
+        return Flight(step, samples, inspection, drawn, self.transfers.fetch(drawn.told))
 
     @torch.inference_mode()
     def read(self, flight: Flight) -> Sampled:
@@ -84,7 +100,7 @@ class Runner:
         if flight.drawn is None or flight.told is None:
             return NOTHING
         sampled = self.sampler.tell(flight.drawn, flight.told().tolist())
-        inspection = flight.batch.inspection
+        inspection = flight.inspection
         return sampled if inspection is None else sampled._replace(attention=inspection.weights(self.compute.pool))
 
     def _row_of(self, request: Request) -> int:

@@ -69,7 +69,7 @@ class Scheduler:
 
         Better to wait for it, as it may end a request, than to preempt one.
         """
-        if not self._launched:
+        if not self._launched or self.blocks.num_free >= len(self.running):  # one each is the most that they need
             return False
         needed = sum(
             self._num_blocks(request.num_tokens + request.num_unread_tokens) - len(request.block_table)

@@ -99,7 +99,7 @@ def _draw(
 @triton.jit
 def _sample(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, positions_ptr,
-    ids_ptr, usable_ptr, stride, vocab_size, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    ids_ptr, told_ptr, stride, vocab_size, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One row of logits, by what its request asks for."""
     row = tl.program_id(0).to(tl.int64)
@@ -132,21 +132,28 @@ def _sample(
         uniform = (_mixed(_mixed(seed) + position) >> 16).to(tl.float64) * 3.552713678800501e-15
         chosen = _draw(logits_ptr, vocab_size, temperature, largest, bar, uniform, BLOCK, BLOCKS)
     tl.store(ids_ptr + row, chosen)
-    tl.store(usable_ptr + row, usable)
+    tl.store(told_ptr + row, tl.where(usable, chosen, -1))
 
 
 def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Token ids, and whether the row was one of numbers, not all of them -inf: both [n].
+    """Token ids, each one of the vocabulary; and what to tell the host: the same, or -1 where the row was not one of
+    numbers, or all of it -inf. Both [n] int64, in `out` where that is given.
 
     logits: [n, vocab_size], -inf where a token is out; the others: [n], what each row's request asks for, and where its
-    token will stand; temperature, top_p and min_p in fp32, the rest in int64.
+    token will stand; temperature, top_p and min_p in fp32, position in int32, the rest in int64.
     """
-    ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    usable = torch.empty(len(logits), dtype=torch.bool, device=logits.device)
+    ids, told = out or (torch.empty(len(logits), dtype=torch.int64, device=logits.device) for _ in range(2))
     _sample[(len(logits),)](
-        logits, temperature, top_k, top_p, min_p, seed, position, ids, usable,
+        logits, temperature, top_k, top_p, min_p, seed, position, ids, told,
         logits.stride(0), logits.shape[1], BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=8,
     )  # fmt: skip
-    return ids, usable
+    return ids, told

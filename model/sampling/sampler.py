@@ -36,13 +36,17 @@ _ROW = np.dtype(
     ]
 )
 NO_ROW = -1
-SPOILED = -1
+SPOILED = -1  # told by our kernel as well
+
+# For each row where its largest logit stands, and what that is, NaN if one of the row is, where the forward pass has
+# found it by the way. For 32 rows of a vocabulary of 49,152 it saves 1 ms.
+Likeliest = tuple[Tensor, Tensor]
 
 
 class Asked(NamedTuple):
     """What the requests of a step's samples ask for, on the device.
 
-    temperature, top_p, min_p: [n] fp32; top_k, seed, position: [n] int64, the last is where the token will stand.
+    temperature, top_p, min_p: [n] fp32; top_k, seed: [n] int64; position: [n] int32, where the token will stand.
     penalized: [m], which samples are; penalties: [m], their rows in `Penalties`.
     """
 
@@ -72,18 +76,6 @@ class Adjustment(NamedTuple):
         biases = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
         biased, ending = (torch.tensor(list(ids), dtype=torch.int64, device=device) for ids in (bias, ends))
         return cls(biased, biases, ending)
-
-
-class Early(NamedTuple):
-    """What the forward pass has found out about its logits by the way.
-
-    likeliest: for each row where the largest stands, and what that is: NaN if one of the row is. For 32 rows of a
-        vocabulary of 49,152 it saves 1 ms.
-    drawn: what was drawn as it is asked for, but from the logits as they are; and which rows are of numbers. [n] each.
-    """
-
-    likeliest: tuple[Tensor, Tensor] | None = None
-    drawn: tuple[Tensor, Tensor] | None = None
 
 
 class Drawn(NamedTuple):
@@ -156,13 +148,17 @@ class Sampler:
         wanted = self._rows[rows]
         penalized = (wanted["penalties"] != NO_ROW).nonzero()[0]
         parameters = [wanted[name].copy() for name in ("temperature", "top_k", "top_p", "min_p")]
-        return [*parameters, wanted["seed"].astype(np.int64), positions, penalized, wanted["penalties"][penalized]]
+        seed, position = wanted["seed"].astype(np.int64), positions.astype(np.int32)
+        return [*parameters, seed, position, penalized, wanted["penalties"][penalized]]
 
-    def leaves_logits(self, rows: NDArray[np.int64]) -> bool:
-        """Whether none of these rows asks for another distribution than the model's: bias, bans, penalties, grammar."""
-        wanted = self._rows[rows]
-        changed = wanted["adjusts"].any() or (wanted["penalties"] != NO_ROW).any()
-        return not changed and not self._constraints.rows(rows.tolist())
+    def expect(self, rows: NDArray[np.int64], logits: Tensor, token_ids: Tensor, told: Tensor) -> "Drawn | None":
+        """What whoever has the logits draws of them as they are, for one sample of each of these rows; None where a row
+        asks for another distribution than the model's: bias, bans, penalties, grammar.
+        """
+        wanted, where = self._rows[rows], rows.tolist()
+        if wanted["adjusts"].any() or (wanted["penalties"] != NO_ROW).any() or self._constraints.rows(where):
+            return None
+        return Drawn(token_ids, told, logits, wanted, where, [None] * len(rows), ())
 
     def sample(
         self,
@@ -170,10 +166,10 @@ class Sampler:
         rows: Sequence[int],
         positions: Sequence[int],
         guesses: Sequence[int | None],
-        early: Early = Early(),  # noqa: B008
+        likeliest: Likeliest | None = None,
     ) -> Sampled:
         """Draw, and tell at once what was drawn: see `draw`."""
-        drawn = self.draw(logits, np.asarray(rows), np.asarray(positions), guesses, early)
+        drawn = self.draw(logits, np.asarray(rows), np.asarray(positions), guesses, likeliest)
         return self.tell(drawn, drawn.told.tolist())
 
     def draw(
@@ -182,13 +178,13 @@ class Sampler:
         rows: NDArray[np.int64],
         positions: NDArray[np.int64],
         guesses: Sequence[int | None],
-        early: Early,
+        likeliest: Likeliest | None = None,
         asked: Asked | None = None,
     ) -> Drawn:
         """logits: [n, vocab_size]; for each its request's row, the position of the token to be sampled, and the guess
         that the next of the request's samples stands behind (None for its last).
 
-        asked: `asked` of them on the device, where our kernel is to sample there.
+        likeliest: see `Likeliest`. asked: `asked` of them on the device, where our kernel is to sample there.
         A request that is penalized has one sample in a step; others may have several, at positions in a row. Where
         nobody asks for more than temperature, top-k, top-p, min-p and penalties, the host waits for nothing.
         """
@@ -197,17 +193,16 @@ class Sampler:
         constrained = self._constraints.rows(rows.tolist())
         if constrained:
             adjusted = self._constraints.mask(adjusted, constrained, rows.tolist(), guesses)
-        if early.drawn is not None and adjusted is logits:
-            chosen, usable = early.drawn
-        elif asked is not None:
+        if asked is not None:
             from model.kernels.sampling import sample  # there is no Triton where there is no GPU
 
-            chosen, usable = sample(adjusted, *asked[:6])
+            chosen, told = sample(adjusted, *asked[:6])
         else:
-            likeliest = early.likeliest if adjusted is logits else None
-            chosen, usable = self._choose(adjusted, positions, wanted, likeliest)
+            known = likeliest if adjusted is logits else None
+            chosen, usable = self._choose(adjusted, positions, wanted, known)
+            told = torch.where(usable, chosen, SPOILED)
         self._observe(chosen, wanted, asked)
-        return Drawn(chosen, torch.where(usable, chosen, SPOILED), logits, wanted, rows.tolist(), guesses, constrained)
+        return Drawn(chosen, told, logits, wanted, rows.tolist(), guesses, constrained)
 
     def tell(self, drawn: Drawn, token_ids: Sequence[int]) -> Sampled:
         """What was drawn, as the host sees it. token_ids: `drawn.told`, once it has come to the host."""
@@ -244,7 +239,7 @@ class Sampler:
         logits: Tensor,
         at: NDArray[np.int64],
         wanted: NDArray[np.void],
-        likeliest: tuple[Tensor, Tensor] | None,
+        likeliest: Likeliest | None,
     ) -> tuple[Tensor, Tensor]:
         """Token ids, and which rows were of numbers; each row by its own temperature, 0 meaning greedy. Both [n]."""
         drawing = wanted["temperature"] > 0

@@ -22,6 +22,7 @@ from model.attention.scores import Scores
 from model.bench.gpu.check import HEADS
 from model.config import ModelConfig
 from model.kernels.activation import Activation, gated
+from model.kernels.decodes import place_decodes
 from model.kernels.int8 import int8_linear
 from model.kernels.norm import add_rms_norm
 from model.kernels.one_row import one_row_linear
@@ -95,7 +96,14 @@ def rope(config: ModelConfig, dtype: torch.dtype, cache: torch.dtype, rotary: in
 def sampled(dtype: torch.dtype) -> None:
     """Three rows of a large vocabulary."""
     numbers, ids = torch.ones(3), torch.arange(3)
-    sample(torch.zeros(3, 151_936, dtype=dtype), numbers, ids, numbers, numbers, ids, ids)
+    sample(torch.zeros(3, 151_936, dtype=dtype), numbers, ids, numbers, numbers, ids, ids.int())
+
+
+def placed(rows: int) -> None:
+    """Numbers of as many decodes, in tables of 40 blocks."""
+    ids = [torch.zeros(rows, dtype=torch.int64) for _ in range(4)]
+    numbers, tables = torch.zeros(3, 256, dtype=torch.int32), torch.zeros(rows, 40, dtype=torch.int32)
+    place_decodes(numbers, ids[3], tables, *ids[:3], torch.zeros(rows, dtype=torch.int32), block_size=16)
 
 
 def product(rows: int, dtype: torch.dtype, *, has_bias: bool) -> None:
@@ -131,6 +139,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     ):
         yield f"attention, {name}", partial(attention, config, dtype, cache)
     yield SIZES, steps_of_all_sizes
+    yield "decodes", partial(placed, 256)
     for dtype, cache in ((bf16, bf16), (bf16, fp8), (fp32, fp32)):
         for rotary, has_norms in ((128, True), (64, False), (0, False)):
             what = f"rope and store, {dtype}, {cache}, {rotary} turn, norms {has_norms}"

@@ -31,7 +31,7 @@ def test_every_kernel_compiles_in_every_dtype_and_with_every_option_and_fits_the
     kernels = {kernel for case in compiled.values() for kernel, _ in case}
     assert kernels == {
         "_attend_splits", "_merge_splits", "_attend_tile_of_rows", "_rope_and_store", "_sample", "_int8_linear",
-        "_add_rms_norm", "_gated", "_one_row_linear",
+        "_add_rms_norm", "_gated", "_one_row_linear", "_place_decodes",
     }  # fmt: skip
     assert max(fast for case in compiled.values() for _, fast in case) <= compile_for_h100.FAST_BYTES
 

@@ -2,18 +2,19 @@
 
 import logging
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from model.attention.plan import AttentionPlan
 from model.config import EngineConfig
 from model.engine import forward
 from model.engine.engine import Engine
-from model.engine.graphs import NO_SLOT, DecodeGraphs, Inputs, Outputs, buckets, capture_for
+from model.engine.graphs import DecodeGraphs, buckets, capture_for
 from model.engine.request import Request
+from model.engine.transfer import PinnedTransfers
 from model.sampling.params import SamplingParams
+from tests.conftest import write_llama
+from tests.late_copies import LateCopies
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -35,34 +36,9 @@ class Recorder:
         return replay
 
 
-def graphs_of(largest: int, run=None) -> tuple[DecodeGraphs, list[int]]:
+def graphs_of(largest: int) -> tuple[DecodeGraphs, list[int]]:
     sizes: list[int] = []
-    inputs, outputs = Inputs(largest, 4, DEVICE), Outputs.of(largest, 2, 3, torch.float32, DEVICE)
-
-    def compute(size: int) -> None:
-        sizes.append(size)
-        outputs.hidden[:size] = inputs.token_ids[:size, None].float()
-        outputs.logits[:size] = inputs.positions[:size, None].float()
-        outputs.token_ids[:size] = inputs.sampling[1][:size]  # top k
-        outputs.usable[:size] = inputs.sampling[0][:size] > 0  # the temperature
-
-    return DecodeGraphs(inputs, outputs, largest, run or compute, Recorder()), sizes
-
-
-def decodes(count: int, **changes) -> SimpleNamespace:
-    plan = AttentionPlan.build(4, [5] * count, [1] * count, [[1, 2]] * count)
-    given = {
-        "plan": plan, "inspection": None, "sample_rows": range(count),
-        "token_ids": torch.arange(100, 100 + count, device=DEVICE), "positions": torch.full((count,), 5, device=DEVICE),
-        "asked": [torch.arange(1, 1 + count, device=DEVICE)] * 6, "is_plain": True,
-    }  # fmt: skip
-    return SimpleNamespace(**given | changes)
-
-
-def replay(graphs: DecodeGraphs, count: int, **changes) -> Outputs:
-    slots = torch.arange(count, device=DEVICE) + 9
-    lens = torch.full((count,), 6, dtype=torch.int32, device=DEVICE)
-    return graphs.replay(decodes(count, **changes), slots, lens, torch.ones(count, 2, dtype=torch.int32, device=DEVICE))
+    return DecodeGraphs(largest, sizes.append, Recorder()), sizes
 
 
 @pytest.mark.fast
@@ -89,48 +65,9 @@ def test_the_largest_is_captured_first_and_each_once(caplog):
 def test_a_step_is_computed_in_the_smallest_bucket_that_holds_it():
     graphs, sizes = graphs_of(16)
     sizes.clear()
-    hidden, logits, *_ = replay(graphs, 3)
-    assert sizes == [4]
-    assert hidden.tolist() == [[100.0] * 2, [101.0] * 2, [102.0] * 2]
-    assert logits.shape == (3, 3)
-    replay(graphs, 8)
-    assert sizes == [4, 8]
-
-
-@pytest.mark.fast
-def test_rows_of_an_earlier_larger_step_become_padding():
-    graphs, _ = graphs_of(16)
-    replay(graphs, 4)
-    replay(graphs, 3)
-    assert graphs.inputs.slots[:4].tolist() == [9, 10, 11, NO_SLOT]
-    assert graphs.inputs.lens[:4].tolist() == [6, 6, 6, 0]
-
-
-@pytest.mark.fast
-def test_what_is_asked_of_a_plain_step_is_drawn_with_it_and_padding_is_drawn_greedily():
-    graphs, _ = graphs_of(16)
-    replay(graphs, 4)
-    assert replay(graphs, 3).token_ids.tolist() == [1, 2, 3]
-    assert graphs.inputs.sampling[0][:5].tolist() == [1, 2, 3, 0, 0]
-
-
-@pytest.mark.fast
-def test_a_step_that_is_sampled_later_from_other_logits_is_drawn_greedily_for_nothing():
-    graphs, _ = graphs_of(16)
-    replay(graphs, 4)
-    assert not replay(graphs, 3, is_plain=False).usable.any()
-    assert not graphs.inputs.sampling[0].any()
-
-
-@pytest.mark.fast
-def test_only_steps_of_decodes_that_all_sample_and_that_nobody_looks_into_fit():
-    graphs, _ = graphs_of(4)
-    assert graphs.fits(decodes(4))
-    assert not graphs.fits(decodes(5))
-    assert not graphs.fits(decodes(3, inspection=object()))
-    assert not graphs.fits(decodes(3, sample_rows=range(2)))  # one token of a longer prompt gives no sample
-    mixed = AttentionPlan.build(4, [5, 0], [1, 3], [[1, 2], [3]])
-    assert not graphs.fits(decodes(2, plan=mixed))
+    for size in (3, 8, 1, 9, 16):
+        graphs.of(size)()
+    assert sizes == [4, 8, 1, 16, 16]
 
 
 @pytest.mark.fast
@@ -138,8 +75,16 @@ def test_without_a_gpu_nothing_is_captured():
     assert capture_for(torch.device("cpu")) is None
 
 
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    """A model of one layer: the interpreter takes its time for each."""
+    directory = tmp_path_factory.mktemp("shallow")
+    write_llama(directory, num_hidden_layers=1)
+    return directory
+
+
 @pytest.mark.slow
-def test_an_engine_says_the_same_by_graphs_across_prefix_hits_siblings_and_preemption(tiny_llama, monkeypatch):
+def test_an_engine_says_the_same_by_graphs_across_prefix_hits_siblings_and_preemption(shallow, monkeypatch):
     """Three siblings and another behind one prefix, in a cache too small for all of them."""
     recorder = Recorder()
     shared = list(range(40, 57))
@@ -150,7 +95,9 @@ def test_an_engine_says_the_same_by_graphs_across_prefix_hits_siblings_and_preem
             dtype="fp32", device=DEVICE.type, block_size=8, kv_cache_tokens=48, max_num_seqs=4,
             max_num_batched_tokens=32, kernels="triton", overlap=True,
         )  # fmt: skip
-        engine = Engine.from_checkpoint(tiny_llama[0], config)
+        engine = Engine.from_checkpoint(shallow, config)
+        if DEVICE.type == "cpu":
+            engine.runner.transfers = PinnedTransfers(LateCopies())
         params = [SamplingParams(max_tokens=12, temperature=0.7, seed=seed, ignore_eos=True) for seed in range(4)]
         leader = Request("0", shared, params[0])
         requests = [leader, *(Request(str(i), shared, params[i], leader=leader) for i in (1, 2))]
@@ -201,27 +148,25 @@ def said(engine: Engine, asks: list[dict[str, object]]) -> dict[str, list[int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_what_graphs_draw_is_what_the_sampler_draws_whatever_is_asked_for(tiny_llama, monkeypatch, seed):
+def test_what_graphs_draw_is_what_the_sampler_draws_whatever_is_asked_for(shallow, monkeypatch, seed):
     """Against torch's kernels and the sampler on the host."""
     rng = random.Random(seed)
     asks = [*rng.sample(PLAIN, 4), *rng.sample(ADJUSTED, 2)]
     rng.shuffle(asks)
     asks[3] = asks[3] | {"logprobs": 1}
     options = {"dtype": "fp32", "device": DEVICE.type, "block_size": 8, "kv_cache_tokens": 400, "max_num_seqs": 4}
-    expected = said(
-        Engine.from_checkpoint(tiny_llama[0], EngineConfig(kernels="torch", overlap=False, **options)), asks
-    )
+    expected = said(Engine.from_checkpoint(shallow, EngineConfig(kernels="torch", overlap=False, **options)), asks)
 
     monkeypatch.setattr(forward, "capture_for", lambda device: Recorder())
-    engine = Engine.from_checkpoint(tiny_llama[0], EngineConfig(kernels="triton", overlap=True, **options))
-    where, draw = [], engine.runner.sampler.draw
-    in_graph = engine.runner.compute._graphs.outputs.token_ids.data_ptr()
+    engine = Engine.from_checkpoint(shallow, EngineConfig(kernels="triton", overlap=True, **options))
+    where, sample = [], engine.runner.sample
+    in_graph = engine.runner.compute.decodes.outputs.token_ids.data_ptr()
 
-    def drawn(*args):
-        found = draw(*args)
-        where.append(found.token_ids.data_ptr() == in_graph)
-        return found
+    def sampled(*args):
+        flight = sample(*args)
+        where.append(flight.drawn is not None and flight.drawn.token_ids.data_ptr() == in_graph)
+        return flight
 
-    monkeypatch.setattr(engine.runner.sampler, "draw", drawn)
+    monkeypatch.setattr(engine.runner, "sample", sampled)
     assert said(engine, asks) == expected
     assert min(where.count(True), where.count(False)) >= 3

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.kernels.sampling import sample
 from model.sampling.draw import draw, drop_unlikely, keyed_uniforms, truncate
+from model.sampling.sampler import SPOILED
 
 pytestmark = pytest.mark.fast
 
@@ -48,6 +49,11 @@ def table(count: int, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, first_s
     )  # fmt: skip
 
 
+def places(count: int) -> Tensor:
+    """Where tokens will stand."""
+    return torch.arange(count, dtype=torch.int32, device=DEVICE)
+
+
 def expected(logits: Tensor, asked: Table, positions: Tensor) -> Tensor:
     """What the sampler on the CPU does with one row after another."""
     scaled = logits.float() / asked.temperature[:, None]
@@ -64,28 +70,28 @@ def random_logits(count: int, dtype: torch.dtype = torch.float32, vocab: int = V
 @pytest.mark.parametrize("asked", ASKS.values(), ids=ASKS.keys())
 def test_a_draw_is_that_of_the_definition(asked):
     logits, rows = random_logits(3), table(3, **asked)
-    positions = torch.arange(100, 103, device=DEVICE)
-    ids, usable = sample(logits, *rows, positions)
-    assert usable.all()
+    positions = 100 + places(3)
+    ids, told = sample(logits, *rows, positions)
+    assert torch.equal(told, ids)
     assert torch.equal(ids, expected(logits, rows, positions))
 
 
 def test_half_precision_logits_are_drawn_from_in_fp32():
-    logits, rows, positions = random_logits(3, torch.float16), table(3, top_p=0.7), torch.arange(3, device=DEVICE)
+    logits, rows, positions = random_logits(3, torch.float16), table(3, top_p=0.7), places(3)
     ids, _ = sample(logits, *rows, positions)
     assert torch.equal(ids, expected(logits, rows, positions))
 
 
 def test_no_more_are_kept_than_top_k_allows_however_alike_they_are():
     logits = torch.linspace(0.0, 0.01, 600, device=DEVICE).repeat(16, 1)
-    ids, _ = sample(logits, *table(16, top_k=3), torch.arange(16, device=DEVICE))
+    ids, _ = sample(logits, *table(16, top_k=3), places(16))
     assert ids.unique().tolist() == [597, 598, 599]
 
 
 def test_tokens_that_tie_with_the_last_one_kept_are_kept():
     logits = torch.zeros(12, 600, device=DEVICE)
     logits[:, 300:] = -1.0
-    rows, positions = table(12, top_k=7), torch.arange(12, device=DEVICE)
+    rows, positions = table(12, top_k=7), places(12)
     ids, _ = sample(logits, *rows, positions)
     assert torch.equal(ids, expected(logits, rows, positions))
     assert ids.max() < 300
@@ -95,7 +101,7 @@ def test_tokens_that_tie_with_the_last_one_kept_are_kept():
 def test_a_row_is_drawn_by_its_own_request_wherever_it_stands():
     logits, rows = random_logits(3), table(3, top_k=50)
     order = torch.tensor([2, 0, 1], device=DEVICE)
-    positions = torch.arange(3, device=DEVICE) * 9
+    positions = places(3) * 9
     straight, _ = sample(logits, *rows, positions)
     shuffled, _ = sample(logits[order], *(column[order] for column in rows), positions[order])
     assert torch.equal(shuffled, straight[order])
@@ -104,8 +110,8 @@ def test_a_row_is_drawn_by_its_own_request_wherever_it_stands():
 def test_without_a_temperature_the_first_of_the_largest_is_taken():
     logits = random_logits(3)
     logits[1, [4100, 17, 300]] = 50.0
-    ids, usable = sample(logits, *table(3, temperature=0.0, top_k=5), torch.arange(3, device=DEVICE))
-    assert usable.all()
+    ids, told = sample(logits, *table(3, temperature=0.0, top_k=5), places(3))
+    assert torch.equal(told, ids)
     assert torch.equal(ids, logits.argmax(dim=-1))
     assert ids[1] == 17
 
@@ -113,8 +119,8 @@ def test_without_a_temperature_the_first_of_the_largest_is_taken():
 def test_what_is_forbidden_is_never_drawn():
     logits = torch.full((12, VOCAB), -torch.inf, device=DEVICE)
     logits[:, [3, 4400]] = torch.tensor([0.5, 0.4], device=DEVICE)
-    ids, usable = sample(logits, *table(12), torch.arange(12, device=DEVICE))
-    assert usable.all()
+    ids, told = sample(logits, *table(12), places(12))
+    assert torch.equal(told, ids)
     assert ids.unique().tolist() == [3, 4400]
 
 
@@ -124,15 +130,15 @@ def test_rows_that_are_not_numbers_are_told(temperature):
     logits[1, 4321] = torch.nan
     logits[2] = -torch.inf
     logits[3, 8] = torch.inf
-    ids, usable = sample(logits, *table(4, temperature=temperature), torch.arange(4, device=DEVICE))
-    assert usable.tolist() == [True, False, False, False]
+    ids, told = sample(logits, *table(4, temperature=temperature), places(4))
+    assert told.tolist() == [ids[0], SPOILED, SPOILED, SPOILED]
     assert ((ids >= 0) & (ids < VOCAB)).all()
 
 
 def test_draws_follow_the_distribution():
     count, shares = 400, (0.5, 0.0, 0.25, 0.125, 0.125)
     logits = torch.log(torch.tensor(shares, device=DEVICE)).repeat(count, 1)
-    one, positions = table(1, first_seed=11), torch.arange(count, device=DEVICE)
+    one, positions = table(1, first_seed=11), places(count)
     ids, _ = sample(logits, *(column.repeat(count) for column in one), positions)
     counts = torch.bincount(ids, minlength=5).tolist()
     assert counts[1] == 0

@@ -10,7 +10,7 @@ from model.config import EngineConfig
 from model.engine.engine import Engine
 from model.engine.request import Request
 from model.engine.scheduler import Scheduler
-from model.engine.transfer import BUFFERS, DirectTransfers, PinnedTransfers
+from model.engine.transfer import BUFFERS, DirectTransfers, PinnedTransfers, packed_bytes, unpacked
 from model.sampling.params import SamplingParams
 from model.sampling.result import Sampled
 from tests.late_copies import LateCopies
@@ -211,6 +211,19 @@ def test_arrays_of_all_kinds_and_sizes_come_through_one_packed_copy():
     assert torch.equal(PinnedTransfers(LateCopies()).send([many])[0], torch.from_numpy(many))
 
 
+def test_arrays_fill_a_given_buffer_as_they_are_read_there_and_no_byte_more():
+    arrays = [np.arange(5, dtype=np.int32), np.array([0.5, 2.0]), np.arange(6, dtype=np.int32).reshape(2, 3)]
+    for transfers in (PinnedTransfers(LateCopies()), DirectTransfers(torch.device("cpu"))):
+        target = torch.full((packed_bytes(arrays),), 3, dtype=torch.uint8)
+        there = unpacked(target, arrays)
+        transfers.fill(target, [*arrays[:2], arrays[2][:1]])
+        for found, array in zip(there[:2], arrays, strict=False):
+            assert torch.equal(found, torch.from_numpy(array))
+        assert there[2][0].tolist() == [0, 1, 2]
+        transfers.fill(target, [7 * arrays[0]])
+        assert (there[0].tolist(), there[1].tolist()) == ([0, 7, 14, 21, 28], [0.5, 2.0])
+
+
 def test_a_staging_buffer_is_not_written_again_before_its_copy_has_completed():
     copies = LateCopies()
     transfers = PinnedTransfers(copies)
@@ -224,4 +237,7 @@ def test_a_staging_buffer_is_not_written_again_before_its_copy_has_completed():
 def test_what_is_fetched_is_there_once_it_was_waited_for_whatever_was_begun_since():
     transfers = PinnedTransfers(LateCopies())
     waiting = [transfers.fetch(torch.tensor([turn, turn + 1])) for turn in range(BUFFERS)]
-    assert [wait().tolist() for wait in waiting] == [[turn, turn + 1] for turn in range(BUFFERS)]
+    fetched = [wait() for wait in waiting]
+    for _ in range(BUFFERS):
+        transfers.fetch(torch.tensor([77, 78]))()
+    assert [ids.tolist() for ids in fetched] == [[turn, turn + 1] for turn in range(BUFFERS)]

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from model.errors import InvalidRequest
 from model.sampling.draw import draw, truncate
 from model.sampling.params import SamplingParams
 from model.sampling.result import Sampled
-from model.sampling.sampler import Early, Sampler
+from model.sampling.sampler import SPOILED, Sampler
 
 pytestmark = pytest.mark.fast
 
@@ -243,27 +244,27 @@ def test_likeliest_tokens_that_are_known_are_taken_for_greedy_rows_that_nothing_
     def chosen(*rows: SamplingParams) -> list[int | None]:
         sampler = new_sampler()
         attached = [sampler.attach(p, PROMPT, len(PROMPT)) for p in rows]
-        return sampler.sample(logits, attached, [3, 3], [None, None], Early(likeliest=known)).token_ids
+        return sampler.sample(logits, attached, [3, 3], [None, None], known).token_ids
 
     assert chosen(greedy, greedy) == [5, None]
     assert chosen(params(temperature=0.0, logit_bias={7: 9.0}), greedy) == [7, 5]
     assert chosen(greedy, params(temperature=1.0, top_k=1)) == [5, 5]
 
 
-def test_what_the_forward_pass_has_drawn_is_taken_where_nothing_changes_the_logits():
-    logits = torch.zeros(2, VOCABULARY)
-    logits[:, 5] = 30.0
-    drawn = torch.tensor([8, 9]), torch.tensor([True, False])
-
-    def chosen(**fields) -> list[int | None]:
-        sampler = new_sampler()
-        attached = [
-            sampler.attach(params(**fields), PROMPT, len(PROMPT)),
-            sampler.attach(params(), PROMPT, len(PROMPT)),
-        ]
-        assert sampler.leaves_logits(np.array(attached)) == (not fields.keys() & {"presence_penalty", "logit_bias"})
-        return sampler.sample(logits, attached, [3, 3], [None, None], Early(drawn=drawn)).token_ids
-
-    assert chosen(temperature=0.3, top_k=3) == [8, None]
-    assert chosen(presence_penalty=0.1) == [5, 5]
-    assert chosen(logit_bias={7: 1.0}) == [5, 5]
+@pytest.mark.parametrize(
+    ("asked", "is_expected"),
+    [({"temperature": 0.3, "top_k": 3}, True), ({"presence_penalty": 0.1}, False), ({"logit_bias": {7: 1.0}}, False),
+     ({"min_tokens": 1}, False), ("a grammar", False), ({}, True)],
+)  # fmt: skip
+def test_who_has_the_logits_can_draw_where_nothing_changes_them(asked, is_expected):
+    sampler = new_sampler()
+    grammar = SimpleNamespace(start=lambda output_ids: None) if asked == "a grammar" else None
+    fields = {} if grammar else asked
+    rows = np.array(
+        [sampler.attach(params(**fields), PROMPT, len(PROMPT), grammar), sampler.attach(params(), PROMPT, 1)]
+    )
+    logits, ids = torch.zeros(2, VOCABULARY), torch.tensor([8, 9])
+    drawn = sampler.expect(rows, logits, ids, ids)
+    assert (drawn is not None) == is_expected
+    if drawn is not None:
+        assert sampler.tell(drawn, [8, SPOILED]).token_ids == [8, None]
