@@ -10,6 +10,8 @@ import sysconfig
 from pathlib import Path
 from typing import Literal
 
+from service.limits import Limits
+
 DataPlane = Literal["haproxy", "default"]
 
 HAPROXY = Path(sysconfig.get_path("scripts")) / "attendant-haproxy"  # installed from the script beside this file
@@ -41,13 +43,23 @@ def cluster_environment(drain_seconds: float) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "10s",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "3",
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # Serve's own; ours come from the application
+        # A request whose ingress dies before it answers is given to another one as if it had just come: nothing that an
+        # ingress does before it answers outlives it. Up to three tries more, of what fits into 64 KiB.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "3",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
         # When replicas come or go, HAProxy's old process goes on until its streams have ended, or for this long.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(drain_seconds)),
     }
 
 
-def environment(data_plane: DataPlane, scratch: Path, drain_seconds: float) -> dict[str, str]:
-    """The switches, with ports and files of this service's own, so that two on one machine do not meet."""
+def environment(
+    data_plane: DataPlane, scratch: Path, drain_seconds: float, max_body_seconds: float = Limits().max_body_seconds
+) -> dict[str, str]:
+    """The switches, with ports and files of this service's own, so that two on one machine do not meet.
+
+    max_body_seconds: until a body that HAProxy waits for must be there.
+    """
     switches = OFF | {
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         # Serve starts a proxy again after three checks that failed; with its own period of 10 s that is half a minute.
@@ -61,6 +73,7 @@ def environment(data_plane: DataPlane, scratch: Path, drain_seconds: float) -> d
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
+            "ATTENDANT_MAX_BODY_MS": str(math.ceil(1000 * max_body_seconds)),
             # No other load balancer has to notice before we go.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         }

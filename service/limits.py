@@ -26,7 +26,7 @@ class Limits(BaseModel):
     """Every limit with its default. What exceeds one is refused by name, before anything is allocated for it.
 
     max_body_bytes: of a request's body (413). max_body_seconds: until it must have arrived whole (408).
-    max_header_bytes: of all header lines together (431); HAProxy by itself takes 15 KiB at most.
+    max_header_bytes: of all header lines together (431); HAProxy by itself takes 63 KiB at most.
     max_prompt_tokens: of one prompt; None means what the model's context holds.
     max_choices: `n` times the prompts of one request. max_messages: of one chat.
     max_logprobs, max_stop_strings, max_logit_bias: entries of those fields.

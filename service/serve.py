@@ -60,7 +60,7 @@ def run(args: "AppArgs", address: Address, data_plane: DataPlane, *, allow_anony
     with (
         suppress(Stop),
         tempfile.TemporaryDirectory(prefix="attendant-") as scratch,
-        _ray(data_plane, Path(scratch), args.drain_seconds),
+        _ray(environment(data_plane, Path(scratch), args.drain_seconds, args.limits.max_body_seconds)),
     ):
         verdict = preflight.finish()
         args = args.model_copy(update={"device": verdict.device})  # Ray sets GPUs aside for those that say so
@@ -112,13 +112,13 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def _ray(data_plane: DataPlane, scratch: Path, drain_seconds: float) -> Iterator[None]:
-    """A Ray of our own, for as long as the block runs.
+def _ray(switches: dict[str, str]) -> Iterator[None]:
+    """A Ray of our own, with these in its environment, for as long as the block runs.
 
     Its processes talk to one another on ports that listen on every interface, which cannot be changed; Ray asks for
     a token there by default. The service's own address is the one that was asked for.
     """
-    os.environ.update(environment(data_plane, scratch, drain_seconds))
+    os.environ.update(switches)
     logging.getLogger("ray").setLevel(logging.ERROR)
     import ray
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +39,7 @@ def stages(text: str) -> dict[str, list[Instruction]]:
 
 def environment(stage: list[Instruction]) -> dict[str, str]:
     """What the ENV instructions of a stage set."""
-    pairs = [word for instruction in stage if instruction.word == "ENV" for word in instruction.rest.split()]
+    pairs = [word for instruction in stage if instruction.word == "ENV" for word in shlex.split(instruction.rest)]
     return dict(pair.partition("=")[::2] for pair in pairs)
 
 

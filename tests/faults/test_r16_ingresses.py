@@ -6,16 +6,21 @@ been started again.
 
 import asyncio
 import signal
+import time
+from asyncio import Event
 from collections.abc import AsyncIterator, Iterator
+from itertools import pairwise
 
 import httpx
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.channel import SILENT_INGRESS_TURNS, TURN_S
 from tests.conftest import STORYTELLER
 from tests.faults.conftest import scaled
 from tests.faults.streams import Story, body, read
+from tests.faults.survivors import until
 from tests.service.conftest import Running, start, stop
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
@@ -23,6 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults]
 STREAMS = 8
 TOKENS = 600
 PATIENCE_S = 90
+GIVEN_UP_S = SILENT_INGRESS_TURNS * TURN_S  # for so long, engines do not know that an ingress is dead
 
 
 @pytest.fixture(scope="module", params=["haproxy", "default"][: scaled(1, 2)])
@@ -93,25 +99,70 @@ async def test_both_ingresses_serve_and_an_engine_that_dies_costs_neither_a_stre
     assert any(story.num_moves for story in stories)
 
 
+async def ask_on(client: httpx.AsyncClient, request: dict[str, object], stories: list[Story], over: Event) -> None:
+    """Ask for the same again and again, whatever comes of it."""
+    while not over.is_set():
+        stories.append(Story())
+        await read(client, request, stories[-1])
+
+
 async def test_an_ingress_that_dies_takes_its_own_streams_and_no_others(
     running: Running, client: httpx.AsyncClient
 ) -> None:
-    """The others go on, the next requests are answered at once, and a new ingress joins all engines."""
-    requests = [body(running.model, number, TOKENS) for number in range(STREAMS)]
-    undisturbed = await asyncio.gather(*(read(client, request) for request in requests))
+    """The others go on, the next requests are answered at once, and a new ingress joins all engines.
+
+    The clients ask on until the engines have given the dead one up. Where they gave up the other one with it, its
+    streams would say what they should, and have moved; where they waited for the dead one, all would stand still.
+    """
+    requests = [body(running.model, number, TOKENS, receipt=True) for number in range(STREAMS)]
+    undisturbed = [story.text for story in await asyncio.gather(*(read(client, request) for request in requests))]
     for _ in range(scaled(1, 5)):
         await until_whole(running, client)
-        resumes = running.metrics()["attendant_stream_resumes_total"]
-        stories, reading = await begin(client, requests)
-        victim = ingress_processes(running)[0]
-        victim.send_signal(signal.SIGKILL)
-        await asyncio.to_thread(victim.wait, 10)  # until then its port still takes what nobody will answer
-        after = [await read(client, body(running.model, number, 8)) for number in range(STREAMS)]
-        await asyncio.gather(*reading)
+        told: list[list[Story]] = [[] for _ in requests]
+        over = asyncio.Event()
+        asking = [asyncio.create_task(ask_on(client, *pair, over)) for pair in zip(requests, told, strict=True)]
+        async with asyncio.timeout(PATIENCE_S):
+            while not all(stories and stories[0].text for stories in told):
+                await asyncio.sleep(0)
+        killed_at = time.perf_counter()
+        ingress_processes(running)[0].send_signal(signal.SIGKILL)
+        asyncio.get_running_loop().call_later(1.5 * GIVEN_UP_S, over.set)
+        await asyncio.gather(*asking)
 
-        whole = [(one, other) for one, other in zip(stories, undisturbed, strict=True) if one.is_whole]
-        assert 0 < len(whole) < STREAMS, "each ingress had some of them"
-        assert [one.text for one, _ in whole] == [other.text for _, other in whole]
-        assert [story for story in after if not story.is_whole] == []
-        assert running.metrics()["attendant_stream_resumes_total"] <= resumes, "nothing had to move"
+        cut = [story for stories in told for story in stories if not story.is_whole]
+        assert 0 < len(cut) < STREAMS, "each ingress had some of them"
+        assert all(story.status == 200 and story.answered_at < killed_at for story in cut), cut
+        for stories, text in zip(told, undisturbed, strict=True):
+            whole = [story for story in stories if story.is_whole]
+            assert {story.text for story in whole} == {text}
+            assert sum(story.num_moves for story in whole) == 0
+            pauses = [later - earlier for story in whole for earlier, later in pairwise(story.arrivals)]
+            assert max(pauses) < GIVEN_UP_S / 2
+    await until_whole(running, client)
+
+
+async def unary(client: httpx.AsyncClient, request: dict[str, object]) -> tuple[int, str]:
+    """The status, and the text or the error."""
+    answer = await client.post("/v1/completions", json=request)
+    said = answer.json()
+    return answer.status_code, said["choices"][0]["text"] if answer.status_code == 200 else str(said)
+
+
+@pytest.mark.parametrize("running", ["haproxy"], indirect=True)
+async def test_what_an_ingress_had_not_answered_when_it_died_is_answered_by_another(
+    running: Running, client: httpx.AsyncClient
+) -> None:
+    """Where HAProxy asks again only if nobody listens, these are told that the service is restarting."""
+    requests = [body(running.model, number, TOKENS, stream=False) for number in range(STREAMS)]
+    undisturbed = await asyncio.gather(*(unary(client, request) for request in requests))
+    await until_whole(running, client)
+    before = by_replica(running, "generation_tokens_total")
+    asking = asyncio.gather(*(unary(client, request) for request in requests))
+    await until(
+        lambda: all(now > before[name] for name, now in by_replica(running, "generation_tokens_total").items()), 60
+    )
+    assert not asking.done()
+    ingress_processes(running)[0].send_signal(signal.SIGKILL)
+    assert await asking == undisturbed
+    assert {status for status, _ in undisturbed} == {200}
     await until_whole(running, client)

@@ -1,8 +1,13 @@
 """HAProxy's command, on configurations that Ray Serve's own code has written."""
 
+import http.server
 import json
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -21,6 +26,12 @@ pytestmark = pytest.mark.fast
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     """What Serve writes for one ingress that is to be reached from everywhere, as in a pod."""
+    return write(tmp_path, [free_port()])
+
+
+def write(tmp_path: Path, ports: list[int]) -> Path:
+    """What Serve writes for ingresses on these ports, with the switches of a cluster."""
+    switches = cluster_environment(300)
     config = HAProxyConfig(
         http_options=HTTPOptions(host="0.0.0.0", port=free_port()),
         stats_port=free_port(),
@@ -29,13 +40,16 @@ def written(tmp_path: Path) -> Path:
         server_state_base=str(tmp_path),
         server_state_file=str(tmp_path / "server-state"),
         metrics_enabled=False,
+        retry_on=switches["RAY_SERVE_HAPROXY_RETRY_ON"],
+        retries=int(switches["RAY_SERVE_HAPROXY_RETRIES"]),
+        bufsize=int(switches["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"]),
     )
     backend = BackendConfig(
         name="attendant",
         path_prefix="/",
         app_name="attendant",
         protocol=RequestProtocol.HTTP,
-        servers=[ServerConfig(name="ingress", host="127.0.0.1", port=free_port())],
+        servers=[ServerConfig(name=f"ingress{port}", host="127.0.0.1", port=port) for port in ports],
     )
     config.error_file_path = str(tmp_path / "500.http")
     file = tmp_path / "haproxy.cfg"
@@ -78,30 +92,111 @@ def test_a_client_has_ten_seconds_for_its_header_and_a_minute_to_read(written: P
     assert "timeout http-request 10s" in timeouts
 
 
+def test_a_body_that_haproxy_waits_for_has_the_time_that_the_service_gives_it(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+):
+    switch = environment("haproxy", written.parent, 300, max_body_seconds=0.25)["ATTENDANT_MAX_BODY_MS"]
+    monkeypatch.setenv("ATTENDANT_MAX_BODY_MS", switch)
+    with haproxy(written) as client:
+        client.get("/health")  # it listens
+        head, body = begun(client, length=5)
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(body)["error"]["code"] == "body_too_slow"
+
+
+@pytest.mark.parametrize("length", [10**6, 10**12])
+def test_a_body_that_the_buffer_cannot_hold_is_the_ingress_to_refuse(written: Path, length: int):
+    """At once: it may be too large. (No ingress listens here.)"""
+    with haproxy(written) as client:
+        client.get("/health")
+        head, _ = begun(client, length)
+    assert head.startswith(b"HTTP/1.1 503 ")
+
+
+def begun(client: httpx.Client, length: int) -> tuple[bytes, bytes]:
+    """Header and body of the answer to a request of which no more than one byte of its body ever comes."""
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=30) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n{" % length)
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    return head, body
+
+
 def test_a_malformed_request_is_refused_in_the_shape_of_all_refusals(written: Path):
     run("-c", "-f", written)
-    refused, *away = lines_with(written, "http-error")
-    assert "status 400" in refused
-    assert len(away) == 3
-    for line in (refused, *away):
+    lines = lines_with(written, "http-error")
+    assert [line.split()[2] for line in lines] == ["400", "408", "502", "503", "504"]
+    for line in lines:
         refusal = json.loads(line.partition(" string '")[2].partition("'")[0])
         assert set(refusal["error"]) == {"message", "type", "param", "code"}
 
 
 def test_without_an_ingress_the_answer_is_when_to_come_back(written: Path):
     """Serve's own pages say 500, which is a fault of ours that no other try gets past."""
+    with haproxy(written) as client:
+        answer = client.get("/health")
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "5"
+    assert answer.json()["error"]["type"] == "server_error"
+
+
+@contextmanager
+def ingress(answers: bool) -> Iterator[tuple[int, list[int]]]:
+    """One that is healthy, and answers, or hangs up on, each request that has come whole: its port, and the sizes of
+    their bodies.
+    """
+    sizes: list[int] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            sizes.append(len(self.rfile.read(int(self.headers["content-length"]))))
+            self.close_connection = not answers
+            if answers:
+                self.do_GET()
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        yield server.server_port, sizes
+        server.shutdown()
+
+
+@contextmanager
+def haproxy(written: Path) -> Iterator[httpx.Client]:
+    """It runs, and a client of its."""
     address = next(line.split()[1] for line in lines_with(written, "bind") if line.startswith("bind *:"))
     process = subprocess.Popen([HAPROXY, "-db", "-f", written], stderr=subprocess.DEVNULL)
     try:
         transport = httpx.HTTPTransport(retries=5)  # until it listens
         with httpx.Client(base_url=f"http://127.0.0.1:{address[2:]}", transport=transport, timeout=30) as client:
-            answer = client.get("/health")
+            yield client
     finally:
         process.kill()
         process.wait()
-    assert answer.status_code == 503
-    assert answer.headers["retry-after"] == "5"
-    assert answer.json()["error"]["type"] == "server_error"
+
+
+def test_a_request_whose_ingress_dies_before_it_answers_is_given_to_another(tmp_path: Path):
+    """Serve's own retries end where a connection is: they would be told that the service is restarting. Without waiting
+    for their bodies, which come behind the headers, some are lost all the same; in Serve's buffer, the longer ones are.
+    """
+    bodies = [b"x" * size for size in (0, 100, 14_000, 60_000)] * 2
+    with (
+        ingress(answers=False) as (dying, taken),
+        ingress(answers=True) as (well, answered),
+        haproxy(write(tmp_path, [dying, well])) as client,
+    ):
+        statuses = [client.post("/v1/completions", content=body).status_code for body in bodies]
+    assert statuses == [200] * len(bodies)
+    assert len(answered) == len(bodies)
+    assert taken, "the one that dies was asked"
 
 
 def test_what_is_amended_is_amended_once(written: Path):
