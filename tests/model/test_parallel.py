@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -59,26 +60,42 @@ def say(file: Path, engine: Engine) -> None:
         "scores": scores,
         "preemptions": engine.stats.num_preemptions,
         "hits": engine.stats.prefix_hits,
+        "drafts": (engine.stats.num_drafted, engine.stats.num_accepted),
     }
     file.write_text(json.dumps(found))
 
 
-def start(rank: int, init_method: str, directory: Path, file: Path) -> None:
+def start(rank: int, init_method: str, directory: Path, file: Path, config: EngineConfig) -> None:
     torch.set_num_threads(1)
-    run_rank(rank, 2, init_method, directory, CONFIG, partial(say, file))
+    run_rank(rank, 2, init_method, directory, config, partial(say, file))
+
+
+def said_by_two_and_one(tmp_path: Path, of_two: EngineConfig) -> tuple[dict, dict]:
+    """What two processes said with that configuration, and what one said with the plain one."""
+    directory = tmp_path / "model"
+    write_llama(directory, vocab_size=321)
+    spawn(start, (f"file://{tmp_path}/store", directory, tmp_path / "two.json", of_two), nprocs=2)
+    say(tmp_path / "one.json", Engine.from_checkpoint(directory, CONFIG))
+    two, one = (json.loads((tmp_path / name).read_text()) for name in ("two.json", "one.json"))
+    return two, one
 
 
 def test_two_processes_say_what_one_says(tmp_path):
-    directory = tmp_path / "model"
-    write_llama(directory, vocab_size=321)
-    spawn(start, (f"file://{tmp_path}/store", directory, tmp_path / "two.json"), nprocs=2)
-    say(tmp_path / "one.json", Engine.from_checkpoint(directory, CONFIG))
-    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    two, one = said_by_two_and_one(tmp_path, CONFIG)
     assert two["said"] == one["said"]
     assert two["scores"] == pytest.approx(one["scores"], abs=1e-4)
     assert one["preemptions"] > 0
     assert one["hits"] > 0
     assert (two["preemptions"], two["hits"]) == (one["preemptions"], one["hits"])
+
+
+def test_two_processes_that_guess_ahead_say_what_one_says_that_does_not(tmp_path):
+    """The leader alone knows of guesses; to the others a step is longer. One that they did not take back would show."""
+    two, one = said_by_two_and_one(tmp_path, replace(CONFIG, speculative_tokens=3))
+    assert two["said"] == one["said"]
+    drafted, accepted = two["drafts"]
+    assert 0 < accepted < drafted, "some were right, and some had to be taken back"
+    assert one["drafts"] == [0, 0]
 
 
 def run_command(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
