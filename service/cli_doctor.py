@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from model.config import Device, Dtype
+from model.config import CacheDtype, Device, Dtype
 from service.data_plane import DataPlane
 from service.hub import EMBEDDED
 
@@ -22,7 +22,12 @@ def doctor(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     dtype: Annotated[Dtype, typer.Option(help="As for `serve`, like the others.")] = "auto",
     device: Annotated[Device, typer.Option()] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(min=1)] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1)] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1)] = 512,
     kv_cache_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    kv_cache_dtype: Annotated[CacheDtype, typer.Option()] = "auto",
+    gpu_memory_utilization: Annotated[float | None, typer.Option()] = None,
     data_plane: Annotated[DataPlane, typer.Option()] = "haproxy",
     api_keys_file: Annotated[Path | None, typer.Option(envvar="ATTENDANT_API_KEYS_FILE")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
@@ -31,8 +36,17 @@ def doctor(
     from service.doctor import Patient, as_dicts, examine
     from service.serve import Address
 
-    options = (("dtype", dtype), ("device", device), ("kv_cache_tokens", kv_cache_tokens))
-    findings = examine(Patient(model, Address(host, port), data_plane, api_keys_file, options))
+    options = {
+        "dtype": dtype,
+        "device": device,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "kv_cache_tokens": kv_cache_tokens,
+        "kv_cache_dtype": kv_cache_dtype,
+        "gpu_memory_utilization": gpu_memory_utilization,
+    }
+    findings = examine(Patient(model, Address(host, port), data_plane, api_keys_file, tuple(options.items())))
     if as_json:
         print(json.dumps(as_dicts(findings), indent=1))
     else:

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from model.kernels.cpu import build
 from service import doctor, keys, machine
+from service.cli import app
 from service.doctor import Finding, Patient
 from service.serve import Address
 from tests.service.test_cli import attendant
@@ -108,6 +110,25 @@ def test_a_model_is_told_with_the_cache_that_it_would_get(tiny_model: Path) -> N
     assert numbers.value.startswith(("bfloat16", "float32"))
     assert cache.value.startswith("4096 tokens")
     assert "up to 1024" in cache.value
+
+
+def test_the_command_looks_at_the_engine_that_its_options_describe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that left out what `serve` is told would find room in a cache of other numbers, for other lengths."""
+    asked: list[Patient] = []
+    monkeypatch.setattr(doctor, "examine", lambda patient: asked.append(patient) or [])
+    options = {
+        "dtype": "bf16",
+        "device": "cpu",
+        "max_model_len": 256,
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 64,
+        "kv_cache_tokens": 4096,
+        "kv_cache_dtype": "int8",
+        "gpu_memory_utilization": 0.5,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert CliRunner().invoke(app, ["doctor", *words]).exit_code == 0
+    assert dict(asked[0].engine_options) == options
 
 
 def test_to_look_at_a_model_builds_nothing(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
