@@ -15,13 +15,13 @@ from tests.conftest import STORYTELLER
 from tests.faults.conftest import scaled
 from tests.faults.streams import Story, body, read
 from tests.faults.survivors import until
-from tests.faults.test_r11_rolling import reload
+from tests.faults.test_r11_rolling import pids, reload
 from tests.faults.test_r12_autoscaling import SCALING, cluster
 from tests.service.conftest import Running, start, stop
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
-READERS, TOKENS = 24, 900
+READERS, FEW, TOKENS = 24, 6, 900
 GRACE_S = 0.1  # of an engine; each stream of the many takes seconds
 
 
@@ -71,10 +71,6 @@ async def readers_of(running: Running) -> AsyncIterator[Readers]:
     print(f"{len(stories)} streams, {readers.num_moved} of them moved")
 
 
-def pids(running: Running) -> set[int]:
-    return {process.pid for process in running.engine_processes()}
-
-
 @contextmanager
 def fixed(number: int) -> Iterator[Running]:
     options = ["--kv-cache-tokens", "16384", "--dtype", "bf16", "--replicas", str(number)]
@@ -97,14 +93,17 @@ async def replace() -> None:
 
 
 async def take_away() -> None:
-    """Three engines become one, though each has work; five times."""
-    args = {"dtype": "bf16", "engine_drain_seconds": GRACE_S, "autoscaling": SCALING}
+    """Three engines become one, though each has work; five times.
+
+    With 16 places in each, all readers are a load of 1.5, which wants three; the few that stay are 0.375: for one.
+    """
+    args = {"dtype": "bf16", "max_num_seqs": 16, "engine_drain_seconds": GRACE_S, "autoscaling": SCALING}
     with cluster("fixed", STORYTELLER, **args) as running:
         async with readers_of(running) as readers:
             for _ in range(5):
                 await readers.resize(READERS)
                 await until(lambda: len(pids(running)) == 3, 120)
-                await readers.resize(2)
+                await readers.resize(FEW)
                 await until(lambda: len(pids(running)) == 1, 120)
         assert readers.num_moved > 0, "none outlasted its engine"
 

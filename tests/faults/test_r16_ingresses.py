@@ -21,7 +21,7 @@ from tests.conftest import STORYTELLER
 from tests.faults.conftest import scaled
 from tests.faults.streams import Story, body, read
 from tests.faults.survivors import until
-from tests.service.conftest import Running, start, stop
+from tests.service.conftest import Running, command_of, start, stop
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
@@ -68,7 +68,7 @@ async def until_whole(running: Running, client: httpx.AsyncClient) -> None:
 
 
 def ingress_processes(running: Running) -> list[psutil.Process]:
-    return [child for child in running.children() if ":Ingress" in " ".join(child.cmdline())]
+    return [child for child in running.children() if ":Ingress" in command_of(child)]
 
 
 async def begin(client: httpx.AsyncClient, requests: list[dict[str, object]]) -> tuple[list[Story], list[asyncio.Task]]:

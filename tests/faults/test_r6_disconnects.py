@@ -51,6 +51,7 @@ async def test_who_leaves_takes_nothing_along(small: Running) -> None:
     """Where dropping the stream's generator was thought to end its call, requests were computed to their end for
     nobody, and HAProxy with `splice-request` never told of a client that had gone.
     """
+    computed = small.metrics()["attendant_iteration_tokens_sum"]
     rng, count, rounds, before = random.Random(6), 0, 0, 0
     async with httpx.AsyncClient(base_url=small.url, timeout=60, limits=httpx.Limits(max_connections=100)) as client:
         while count < scaled(150, 1000):
@@ -59,6 +60,8 @@ async def test_who_leaves_takes_nothing_along(small: Running) -> None:
             if rounds == WARM_UP:
                 before = resident(small)
     took = await settled(small, scaled(10, 2))
+    computed = small.metrics()["attendant_iteration_tokens_sum"] - computed
+    assert computed < count * LONG / 2, "most of it was computed for nobody"
     drift = resident(small) - (before or resident(small))
     print(f"{count} left; all blocks free after {took:.2f} s; memory {drift / 2**20:+.1f} MiB")
     if FULL:

@@ -109,7 +109,7 @@ class Running:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def engine_processes(self) -> list[psutil.Process]:
-        return [child for child in self.children() if ":Engine" in " ".join(child.cmdline())]
+        return [child for child in self.children() if ":Engine" in command_of(child)]
 
     def engines_at_work(self) -> list[psutil.Process]:
         """Those that have requests, the busiest first. An idle one may die without a stream that notices: routing by
@@ -120,6 +120,14 @@ class Running:
         running = {s.labels["replica"]: s.value for s in samples if s.name == "attendant_num_requests_running"}
         load = {process: running.get(_replica_of(process), 0.0) for process in self.engine_processes()}
         return sorted((process for process in load if load[process]), key=load.__getitem__, reverse=True)
+
+
+def command_of(process: psutil.Process) -> str:
+    """With its arguments; of one that is just going, nothing."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _replica_of(engine: psutil.Process) -> str | None:
