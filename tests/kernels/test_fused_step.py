@@ -12,7 +12,7 @@ from model.config import EngineConfig
 from model.engine.engine import Engine
 from model.engine.request import Request
 from model.errors import ConfigError
-from model.kernels.gpu.linear import FEW_ROWS, WeightInt8Linear
+from model.kernels.gpu.linear import FEW_ROWS, DenseLinear, WeightInt8Linear
 from model.kernels.int8 import int8_linear_torch
 from model.layers import Int8Linear, Linear, replace_linears
 from model.sampling.params import SamplingParams
@@ -142,3 +142,14 @@ def test_int8_weights_are_right_for_many_rows_for_a_few_and_for_one():
     for rows in (FEW_ROWS + 1, 3, 1):
         found = product(x[:rows].to(DEVICE)).cpu()
         torch.testing.assert_close(found, expected[:rows], atol=1e-4, rtol=1e-4)
+
+
+def test_dense_weights_are_right_for_many_rows_and_for_one():
+    generator = torch.Generator().manual_seed(0)
+    linear = Linear(24, 40, bias=True).requires_grad_(False).to(DEVICE)
+    linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator))
+    linear.bias.copy_(torch.randn(linear.bias.shape, generator=generator))
+    x = torch.randn(3, 24, generator=generator).to(DEVICE)
+    product = DenseLinear(linear)
+    for rows in (3, 1):
+        torch.testing.assert_close(product(x[:rows]), x[:rows] @ linear.weight.t() + linear.bias, atol=1e-4, rtol=1e-4)
