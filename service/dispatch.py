@@ -9,7 +9,6 @@ import asyncio
 import itertools
 import logging
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,6 @@ from ray.serve.handle import DeploymentHandle
 
 from model.errors import AttendantError, InvalidRequest
 from service.admission import needed_tokens
-from service.affinity import Prefix, PrefixIndex
-from service.balance import RouteHint
 from service.channel import TURN_S, Accepted, EngineInfo, Output, Refused, Share, Work
 from service.engines import Engines, reason
 from service.errors import Overloaded, ServiceError, Unavailable
@@ -26,6 +23,7 @@ from service.exposition import Exposition, Replicas
 from service.fullness import Fullness
 from service.link import SILENT_TURNS, Link
 from service.metrics import IngressMetrics
+from service.open_streams import OpenStreams, leaders_of
 from service.receipt import EngineReceipt
 from service.router import NoReplica
 from service.streams import Generation, Stream
@@ -79,9 +77,8 @@ class Dispatcher:
         self._nobody_timeout_s = COLD_START_TIMEOUT_S if engines_sleep else NOBODY_TIMEOUT_S
         self._metrics = metrics
         self._channel_id = uuid.uuid4().hex
-        self._streams: dict[str, Stream] = {}
+        self._streams = OpenStreams()
         self._links: dict[str, Link] = {}
-        self._prefixes = PrefixIndex()
         self._fullness = Fullness()
         self._info: EngineInfo | None = None
         self._expositions = Replicas(engines, pins=True)
@@ -90,7 +87,7 @@ class Dispatcher:
         """What the engines can do; asked once. Raises `Unavailable` when none answers in time."""
         if self._info is None:
             self._info = await self._ask(self._submit_timeout_s)
-            self._prefixes.capacity_tokens = self._info.kv_cache_tokens
+            self._streams.prefixes.capacity_tokens = self._info.kv_cache_tokens
         return self._info
 
     async def probe(self, timeout_s: float) -> None:
@@ -103,7 +100,8 @@ class Dispatcher:
 
     async def _ask(self, timeout_s: float) -> EngineInfo:
         try:
-            info: EngineInfo = await self._engines.call("describe", hint=self._hint([]), timeout_s=timeout_s)
+            hint = self._streams.hint([], self._in_doubt())
+            info: EngineInfo = await self._engines.call("describe", hint=hint, timeout_s=timeout_s)
         except Exception as error:
             raise Unavailable(f"no engine is ready: {reason(error)}") from error
         return info
@@ -115,7 +113,7 @@ class Dispatcher:
         if self._fullness.knows_something:
             open_links = [replica_id for replica_id, link in self._links.items() if link.is_open]
             need = Share(len(works), sum(map(needed_tokens, works))) if works else Share(1, 1)
-            self._fullness.check(open_links, self._shares(), need, asks=bool(works))
+            self._fullness.check(open_links, self._streams.shares(), need, asks=bool(works))
 
     async def open(
         self,
@@ -184,7 +182,7 @@ class Dispatcher:
                 if isinstance(answer, Accepted):
                     self._accepted(wanted, answer)
                 if answer.occupancy is not None:
-                    own = self._shares().get(answer.replica_id, Share())
+                    own = self._streams.share(answer.replica_id)
                     self._fullness.note(answer.replica_id, answer.occupancy, own)
                 if isinstance(answer, Accepted):
                     break
@@ -196,16 +194,16 @@ class Dispatcher:
 
     async def _submit_once(self, streams: Sequence[Stream], timeout_s: float, vigil: "Vigil") -> Accepted | Refused:
         submissions = [stream.new_attempt() for stream in streams]
-        leaders = _leaders(streams)
+        leaders = leaders_of(streams)
         # Open before they are sent: a first token may overtake the answer to the call.
-        self._streams.update((stream.request_id, stream) for stream in streams)
+        self._streams.add(streams)
         chosen: list[str] = []  # by the router
         call = self._engines.spawn(
             self._engines.call(
                 "submit",
                 self._channel_id,
                 submissions,
-                hint=self._hint(leaders),
+                hint=self._streams.hint(leaders, self._in_doubt()),
                 chosen=chosen,
                 timeout_s=timeout_s,
             )
@@ -217,12 +215,9 @@ class Dispatcher:
             self._withdraw(streams)
             raise
         if isinstance(answer, Refused):
-            for stream in streams:
-                self._streams.pop(stream.request_id, None)
+            self._streams.remove(streams)
         else:
-            for stream, prefix in leaders:
-                if stream.request_id in self._streams:  # or it has ended already
-                    stream.visit = self._prefixes.sent(answer.replica_id, prefix)
+            self._streams.accepted(streams, leaders, answer)
         return answer
 
     async def _answer(self, call: "asyncio.Task[Any]", chosen: Sequence[str], vigil: "Vigil") -> Any:
@@ -244,8 +239,6 @@ class Dispatcher:
 
     def _accepted(self, streams: Sequence[Stream], answer: Accepted) -> None:
         replica_id, session, _ = answer
-        for stream in streams:
-            stream.replica_id, stream.session = replica_id, session
         left = [stream.request_id for stream in streams if not stream.wanted]
         if left:  # their clients went while the call waited for a replica, when there was nothing to abort yet
             self._engines.spawn(self._abort_on(replica_id, left))
@@ -265,9 +258,7 @@ class Dispatcher:
             self._channel_id,
             receive=self._receive,
             lost=self._move,
-            is_idle=lambda replica_id: (
-                not any(stream.replica_id in (replica_id, None) for stream in self._streams.values())
-            ),
+            is_idle=lambda replica_id: not self._streams.may_be_at(replica_id),
         )
 
     def _doubt(self, replica_id: str) -> None:
@@ -278,41 +269,20 @@ class Dispatcher:
             self._links[replica_id].doubt()
 
     def _withdraw(self, streams: Sequence[Stream]) -> None:
-        running: dict[str | None, list[str]] = {}
-        for stream in streams:
-            if self._streams.pop(stream.request_id, None) is not None:
-                if stream.visit is not None and stream.visit.uncached:
-                    self._prefixes.withdrawn(stream.visit)
-                running.setdefault(stream.replica_id, []).append(stream.request_id)
-        for replica_id, request_ids in running.items():
+        for replica_id, request_ids in self._streams.remove(streams).items():
             self._engines.spawn(self._abort_on(replica_id, request_ids))
 
     def _receive(self, outputs: list[Output]) -> None:
-        for request_id, token_ids, finish_reason, num_cached_tokens, details in outputs:
-            stream = self._streams.get(request_id)
-            if stream is None:  # aborted, or of an attempt that was given up
-                continue
-            if finish_reason is not None:
-                del self._streams[request_id]
-            stream.receive(token_ids, finish_reason, num_cached_tokens, details)
-            if stream.visit is not None:
-                if stream.visit.uncached:
-                    self._prefixes.heard(stream.visit, num_cached_tokens)
-                if finish_reason is not None:
-                    known = stream.visit.prefix.num_tokens - len(stream.work.prompt_ids)
-                    self._prefixes.ended(stream.visit, stream.journal[known:])
+        for output in outputs:
+            self._streams.receive(output)
 
     def _move(self, link: Link) -> None:
         """Resume elsewhere what was open on a session that is over. The choices of a request move together."""
-        self._prefixes.forget(link.replica_id)
-        calls: dict[str, list[Stream]] = {}
-        for stream in self._streams.values():
-            if (stream.replica_id, stream.session) == (link.replica_id, link.session):
-                calls.setdefault(stream.call_id, []).append(stream)
-        orphans = list(itertools.chain(*calls.values()))
-        if orphans:  # it may only be asleep, and would go on for nobody when it wakes
-            self._withdraw(orphans)
-        for streams in calls.values():
+        self._streams.prefixes.forget(link.replica_id)
+        calls = self._streams.of_session(link.replica_id, link.session)
+        if calls:  # it may only be asleep, and would go on for nobody when it wakes
+            self._withdraw(list(itertools.chain(*calls)))
+        for streams in calls:
             self._engines.spawn(self._resume(streams, was_leaving=link.is_leaving))
 
     async def _resume(self, streams: list[Stream], *, was_leaving: bool) -> None:
@@ -341,41 +311,9 @@ class Dispatcher:
         except Exception as error:  # a replica that is gone computes nothing; a channel's end frees the rest
             logger.info("could not abort %d requests: %s", len(request_ids), reason(error))
 
-    def _hint(self, leaders: Sequence[tuple[Stream, Prefix]]) -> RouteHint:
-        """What we know that bears on where these should go."""
-        cached: Counter[str] = Counter()
-        for _, prefix in leaders:
-            cached.update(self._prefixes.match(prefix))
-        pending: Counter[str] = Counter()
-        open_streams: Counter[str] = Counter()
-        for stream in self._streams.values():
-            if stream.replica_id is not None:
-                open_streams[stream.replica_id] += 1
-                pending[stream.replica_id] += stream.visit.uncached if stream.visit is not None else 0
-        num_tokens = sum(prefix.num_tokens for _, prefix in leaders)
-        session = leaders[0][0].work.session if leaders else ""
-        return RouteHint(num_tokens, cached, pending, open_streams, self._in_doubt(), session)
-
-    def _shares(self) -> dict[str | None, Share]:
-        """What of each replica's work is ours. Under None: what has been sent, and not answered yet."""
-        counts: Counter[str | None] = Counter()
-        tokens: Counter[str | None] = Counter()
-        for stream in self._streams.values():
-            counts[stream.replica_id] += 1
-            tokens[stream.replica_id] += stream.outstanding_tokens
-        return {replica_id: Share(count, tokens[replica_id]) for replica_id, count in counts.items()}
-
     def _in_doubt(self) -> frozenset[str]:
         self._links = {replica_id: link for replica_id, link in self._links.items() if not link.is_done}
         return frozenset(replica_id for replica_id, link in self._links.items() if not link.is_open)
-
-
-def _leaders(streams: Sequence[Stream]) -> list[tuple[Stream, Prefix]]:
-    """The first stream of each prompt, and what it asks a cache for; the other choices take it from the first."""
-    leaders: dict[tuple[int, ...], Stream] = {}
-    for stream in streams:
-        leaders.setdefault((*stream.work.prompt_ids, *stream.journal), stream)
-    return [(stream, Prefix(token_ids, stream.work.cache_salt)) for token_ids, stream in leaders.items()]
 
 
 def _as_error(refused: Refused) -> AttendantError:

@@ -160,7 +160,7 @@ async def test_beside_a_real_engine_the_belief_is_nearly_always_what_the_engine_
     believed, found = [], []
     for _ in range(80):
         ids = rng.choice(prefixes)[: rng.randrange(2, 9) * B] + [rng.randrange(5, 200) for _ in range(9)]
-        believed.append(dispatcher._prefixes.match(Prefix(ids, "")).get("r1", 0))
+        believed.append(dispatcher._streams.prefixes.match(Prefix(ids, "")).get("r1", 0))
         generation = await dispatcher.open([Work(ids, PARAMS)])
         pieces = await generation.next()
         found.append(pieces[0].num_cached_tokens // B * B)
