@@ -8,13 +8,18 @@ caller knows whom to blame.
 """
 
 import random
+import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from model.errors import AttendantError
 from service.balance import RouteHint, Standing, rank
+
+# As long as a call waits for its answer where engines run: `dispatch.RESUME_TIMEOUT_S`.
+FORGET_S = 30.0
 
 
 class ReplicaGone(AttendantError):  # noqa: N818 - named for what happened
@@ -26,10 +31,11 @@ class NoReplica(AttendantError):  # noqa: N818 - named for what is missing
 
 
 class Sent(NamedTuple):
-    """A `submit` that has been sent and not answered: its ingress cannot count it yet."""
+    """A `submit` that has been sent and not answered: its ingress cannot count it yet. at: on `time.monotonic`."""
 
     replica_id: str
     num_tokens: int
+    at: float
 
 
 class PinnedRouter(RequestRouter):
@@ -64,7 +70,7 @@ class PinnedRouter(RequestRouter):
     def _rank(self, replicas: list[RunningReplica], hint: RouteHint, call: PendingRequest) -> list[str]:
         tokens: Counter[str] = Counter(hint.pending)
         streams: Counter[str] = Counter(hint.open_streams)
-        for replica_id, num_tokens in self._in_flight.values():
+        for replica_id, num_tokens, _ in self._sent_lately():
             tokens[replica_id] += num_tokens
             streams[replica_id] += 1
         # In random order, so that several ingresses do not choose the same one of several equals.
@@ -73,11 +79,22 @@ class PinnedRouter(RequestRouter):
         order = rank(standings, hint._replace(pending=tokens, open_streams=streams))
         if order:
             call_id = call.metadata.internal_request_id
-            self._in_flight[call_id] = Sent(order[0], hint.num_tokens - hint.cached.get(order[0], 0))
+            self._in_flight.pop(call_id, None)  # of an attempt before: the newest is to be the last
+            num_uncached = hint.num_tokens - hint.cached.get(order[0], 0)
+            self._in_flight[call_id] = Sent(order[0], num_uncached, time.monotonic())
             call.kwargs.get("chosen", []).append(order[0])
             # One that is given up before it is sent never completes.
             call.future.add_done_callback(lambda future: future.cancelled() and self._in_flight.pop(call_id, None))
         return order
+
+    def _sent_lately(self) -> Iterable[Sent]:
+        """What is in flight. Serve does not always say that a call is over: not of one whose caller leaves between the
+        choice of a replica and the sending.
+        """
+        oldest = time.monotonic() - FORGET_S
+        while self._in_flight and next(iter(self._in_flight.values())).at <= oldest:
+            del self._in_flight[next(iter(self._in_flight))]
+        return self._in_flight.values()
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Called by Serve when a call is over, whichever way."""

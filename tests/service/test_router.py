@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from service.balance import STREAM_TOKENS, RouteHint
-from service.router import NoReplica, PinnedRouter, ReplicaGone
+from service.router import FORGET_S, NoReplica, PinnedRouter, ReplicaGone
 
 
 def replica(name: str, stats: Mapping[str, float] | None = None) -> Any:
@@ -93,6 +93,28 @@ async def test_a_call_that_was_given_up_before_it_was_sent_no_longer_weighs(rout
     await asyncio.sleep(0)
     groups = await router.choose_replicas(replicas, call("next", hint=RouteHint(1, open_streams={"a": 1})))
     assert names(groups)[0] == ["b"]
+
+
+async def test_a_call_of_whose_end_nobody_tells_weighs_for_a_while_only(
+    router: PinnedRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve tells of none whose caller leaves between the choice of a replica and the sending."""
+    clock, replicas = [1000.0], [replica("a"), replica("b")]
+    monkeypatch.setattr("service.router.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    async def first_choice(call_id: str) -> str:
+        groups = await router.choose_replicas(replicas, call(call_id, hint=RouteHint(1, open_streams={"a": 1})))
+        router.on_request_completed(replicas[0].replica_id, call_id)
+        return names(groups)[0][0]
+
+    lost = call("lost", hint=RouteHint(100 * STREAM_TOKENS, open_streams={"a": 1}))
+    await router.choose_replicas(replicas, lost)  # it is to go to b
+    lost.future.set_result(None)
+    clock[0] += FORGET_S - 1
+    assert await first_choice("next") == "a"
+    clock[0] += 1
+    assert await first_choice("last") == "b"
+    assert not router._in_flight
 
 
 async def test_the_caller_learns_who_was_chosen(router: PinnedRouter) -> None:
