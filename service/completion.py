@@ -114,7 +114,7 @@ class Choice:
         return text
 
     def take_prompt(self, piece: Piece) -> list[Entry]:
-        """What is known of the prompt's tokens, once: an engine that takes over a choice tells it again."""
+        """What is known of the prompt's tokens, once: an engine that takes over before any token tells it again."""
         if piece.details is None or piece.details.prompt_logprobs is None:
             return []
         prompt_ids, self._untold_prompt = self._untold_prompt, ()
@@ -265,7 +265,7 @@ class Completion:
     def close(self) -> None:
         """Abort what still runs, and count the request. Call it once: the client has everything, or has left."""
         metrics = self._service.metrics
-        self._service.dispatcher.abort(self._generation.streams)
+        self._service.dispatcher.release(self._generation)
         metrics.prompt_tokens.inc(self._num_prompt_tokens)
         metrics.cached_tokens.inc(self._num_cached_tokens())
         metrics.prompt_length.observe(self._num_prompt_tokens)

@@ -9,13 +9,15 @@ import asyncio
 import itertools
 import logging
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 from ray.serve.handle import DeploymentHandle
 
 from model.errors import AttendantError, InvalidRequest
 from service.admission import needed_tokens
+from service.balance import RouteHint
 from service.channel import TURN_S, Accepted, EngineInfo, Output, Refused, Share, Work
 from service.engines import Engines, reason
 from service.errors import Overloaded, ServiceError, Unavailable
@@ -30,6 +32,8 @@ from service.streams import Generation, Stream
 from service.telemetry import NO_TRAIL, Trail
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_FAILURES = 3  # of engines under one request: it may be the request that kills them
 RETRY_PERIOD_S = 0.1
@@ -46,11 +50,11 @@ NOBODY_TIMEOUT_S = 4.0
 COLD_START_TIMEOUT_S = 120.0
 
 
-class Silent(AttendantError):  # noqa: N818 - named for what happened
-    """The replica that a call went to has not been heard of for too long."""
+class NotWorking(AttendantError):  # noqa: N818 - named for what is the matter
+    """The replica that a call went to says so, or has not been heard of for too long."""
 
 
-class Vigil:
+class WaitBudget:
     """One request's wait for any engine at all, counted in turns of our own loop: who was asleep has not waited."""
 
     def __init__(self, timeout_s: float) -> None:
@@ -99,12 +103,12 @@ class Dispatcher:
             await self._ask(timeout_s)
 
     async def _ask(self, timeout_s: float) -> EngineInfo:
-        try:
-            hint = self._streams.hint([], self._in_doubt())
-            info: EngineInfo = await self._engines.call("describe", hint=hint, timeout_s=timeout_s)
-        except Exception as error:
-            raise Unavailable(f"no engine is ready: {reason(error)}") from error
-        return info
+        async def attempt(seconds_left: float, budget: WaitBudget) -> EngineInfo:
+            hint = self._streams.hint([], self._quarantined())
+            info: EngineInfo = await self._call("describe", hint=hint, timeout_s=seconds_left, budget=budget)
+            return info
+
+        return await self._insist(attempt, timeout_s, self._nobody_timeout_s)
 
     def check_room(self, works: Sequence[Work] = ()) -> None:
         """Raises `Overloaded` when no engine is known to have room for `works`, to be opened at once; without any, for
@@ -131,7 +135,11 @@ class Dispatcher:
         self.check_room(works)
         generation = Generation(works, deadline=deadline, max_unread_tokens=max_unread_tokens, timed=timed, trail=trail)
         generation.on_overrun.append(lambda: self.abort(generation.streams))
-        await self._submit(generation.streams, self._submit_timeout_s, self._nobody_timeout_s)
+        try:
+            await self._submit(generation.streams, self._submit_timeout_s, self._nobody_timeout_s)
+        except BaseException:
+            self.release(generation)
+            raise
         return generation
 
     async def receipt(self, stream: Stream) -> EngineReceipt | None:
@@ -151,6 +159,11 @@ class Dispatcher:
             stream.wanted = False
         self._withdraw(streams)
 
+    def release(self, generation: Generation) -> None:
+        """Nobody waits for it any more: stop what still runs, and let go of those who listened."""
+        self.abort(generation.streams)
+        generation.close()
+
     def close(self) -> None:
         """Let go of all replicas."""
         for link in self._links.values():
@@ -162,80 +175,87 @@ class Dispatcher:
         return expositions
 
     async def _submit(self, streams: Sequence[Stream], timeout_s: float, nobody_timeout_s: float) -> None:
-        """Have one replica take all of `streams`, trying others as they fail. After an error none of them is open."""
+        """Have one replica take all of `streams`. After an error none of them is open."""
+
+        async def attempt(seconds_left: float, budget: WaitBudget) -> tuple[list[Stream], Accepted | Refused | None]:
+            wanted = [stream for stream in streams if stream.wanted]  # clients leave while a replica restarts, too
+            return wanted, await self._submit_once(wanted, seconds_left, budget) if wanted else None
+
+        wanted, answer = await self._insist(attempt, timeout_s, nobody_timeout_s)
+        if isinstance(answer, Accepted):
+            self._accepted(wanted, answer)
+        if answer is not None and answer.occupancy is not None:
+            self._fullness.note(answer.replica_id, answer.occupancy, self._streams.share(answer.replica_id))
+        if isinstance(answer, Refused):
+            raise _as_error(answer)
+
+    async def _insist(
+        self, attempt: Callable[[float, WaitBudget], Awaitable[T]], timeout_s: float, nobody_timeout_s: float
+    ) -> T:
+        """What `attempt` makes of the seconds that are left, tried again while replicas fail. Raises `Unavailable`."""
         now = asyncio.get_running_loop().time
         deadline = now() + timeout_s
-        pause, vigil = RETRY_PERIOD_S, Vigil(nobody_timeout_s)
-        while wanted := [stream for stream in streams if stream.wanted]:  # clients leave while a replica restarts, too
+        pause, budget = RETRY_PERIOD_S, WaitBudget(nobody_timeout_s)
+        while True:
             try:
-                answer = await self._submit_once(wanted, deadline - now(), vigil)
+                return await attempt(deadline - now(), budget)
             except Unavailable:
                 raise
             except TimeoutError:
-                raise Unavailable(f"no engine took the request within {timeout_s:g} s") from None
-            except (Silent, NoReplica) as error:  # whoever stands still may go on
-                logger.warning("submitting failed, trying again: %s", reason(error))
+                raise Unavailable(f"no engine answered within {timeout_s:g} s") from None
+            except (NotWorking, NoReplica) as error:  # whoever stands still may go on
+                logger.warning("a call to the engines failed, trying again: %s", reason(error))
             except Exception as error:  # the replica died with the call; another may take it
-                logger.warning("submitting failed, trying again: %s", reason(error))
-                vigil.wait(pause)
-            else:
-                if isinstance(answer, Accepted):
-                    self._accepted(wanted, answer)
-                if answer.occupancy is not None:
-                    own = self._streams.share(answer.replica_id)
-                    self._fullness.note(answer.replica_id, answer.occupancy, own)
-                if isinstance(answer, Accepted):
-                    break
-                if answer.kind != "failed":
-                    raise _as_error(answer)
-                self._doubt(answer.replica_id)
+                logger.warning("a call to the engines failed, trying again: %s", reason(error))
+                budget.wait(pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, MAX_RETRY_PERIOD_S)
 
-    async def _submit_once(self, streams: Sequence[Stream], timeout_s: float, vigil: "Vigil") -> Accepted | Refused:
+    async def _submit_once(self, streams: Sequence[Stream], timeout_s: float, budget: WaitBudget) -> Accepted | Refused:
         submissions = [stream.new_attempt() for stream in streams]
         leaders = leaders_of(streams)
+        hint = self._streams.hint(leaders, self._quarantined())
         # Open before they are sent: a first token may overtake the answer to the call.
         self._streams.add(streams)
-        chosen: list[str] = []  # by the router
-        call = self._engines.spawn(
-            self._engines.call(
-                "submit",
-                self._channel_id,
-                submissions,
-                hint=self._streams.hint(leaders, self._in_doubt()),
-                chosen=chosen,
-                timeout_s=timeout_s,
-            )
-        )
         try:
-            answer: Accepted | Refused = await self._answer(call, chosen, vigil)
+            answer: Accepted | Refused = await self._call(
+                "submit", self._channel_id, submissions, hint=hint, timeout_s=timeout_s, budget=budget
+            )
         except BaseException:  # also when the client leaves while we wait: the call may have been taken all the same
-            call.cancel()
             self._withdraw(streams)
             raise
-        if isinstance(answer, Refused):
-            self._streams.remove(streams)
-        else:
+        if isinstance(answer, Accepted):
             self._streams.accepted(streams, leaders, answer)
+            return answer
+        self._streams.remove(streams)
+        if answer.kind == "failed":
+            self._quarantine(answer.replica_id)
+            raise NotWorking(f"engine replica {answer.replica_id}: {answer.message}")
         return answer
 
-    async def _answer(self, call: "asyncio.Task[Any]", chosen: Sequence[str], vigil: "Vigil") -> Any:
-        """Wait for the answer, for as long as whoever is to give it shows signs of life. Raises `Silent`, and
-        `Unavailable` when there is nobody to give it.
+    async def _call(self, method: str, *args: Any, hint: RouteHint, timeout_s: float, budget: WaitBudget) -> Any:
+        """Call whom the router chooses, and wait for as long as that one shows signs of life. Raises `NotWorking`, and
+        `Unavailable` when there is nobody to choose.
         """
-        turn = 0
-        while not (await asyncio.wait({call}, timeout=TURN_S))[0]:
-            turn += 1
-            link = self._links.get(chosen[-1]) if chosen else None
-            if not chosen:
-                vigil.wait(TURN_S)
-            elif link is not None and not link.is_done:
-                if not link.is_open:
-                    raise Silent(f"engine replica {link.replica_id} does not answer")
-            elif turn > SILENT_TURNS:  # nothing has come from it yet, so there is no channel to listen at
-                self._doubt(chosen[-1])
-        return call.result()
+        chosen: list[str] = []  # by the router
+        turns: Counter[str] = Counter()  # for each: the call may have waited before it was sent, or sent again
+        call = self._engines.spawn(self._engines.call(method, *args, hint=hint, chosen=chosen, timeout_s=timeout_s))
+        try:
+            while not (await asyncio.wait({call}, timeout=TURN_S))[0]:
+                if not chosen:
+                    budget.wait(TURN_S)
+                    continue
+                turns[chosen[-1]] += 1
+                link = self._links.get(chosen[-1])
+                if link is not None and not link.is_done:
+                    if not link.is_open:
+                        raise NotWorking(f"engine replica {link.replica_id} does not answer")
+                elif turns[chosen[-1]] > SILENT_TURNS:  # nothing has come from it, so there is no channel to listen at
+                    self._quarantine(chosen[-1])
+            return call.result()
+        finally:
+            call.cancel()
+            del call  # its error knows this frame: the two would keep one another, and the request
 
     def _accepted(self, streams: Sequence[Stream], answer: Accepted) -> None:
         replica_id, session, _ = answer
@@ -245,7 +265,7 @@ class Dispatcher:
         link = self._links.get(replica_id)
         if link is not None and link.is_open and link.session == session:
             return
-        if link is not None:  # of a session that is over, or in doubt
+        if link is not None:  # of a session that is over, or in quarantine
             link.close()
             self._move(link)
         self._links[replica_id] = self._new_link(replica_id)
@@ -261,12 +281,12 @@ class Dispatcher:
             is_idle=lambda replica_id: not self._streams.may_be_at(replica_id),
         )
 
-    def _doubt(self, replica_id: str) -> None:
+    def _quarantine(self, replica_id: str) -> None:
         """Send nothing more to a replica that does not work, if another does, until it is well again."""
         link = self._links.get(replica_id)
         if link is None or link.is_done:
             self._links[replica_id] = self._new_link(replica_id)
-            self._links[replica_id].doubt()
+            self._links[replica_id].quarantine()
 
     def _withdraw(self, streams: Sequence[Stream]) -> None:
         for replica_id, request_ids in self._streams.remove(streams).items():
@@ -299,8 +319,15 @@ class Dispatcher:
                 raise Unavailable(f"the engines died {streams[0].failures} times under this request")
             await self._submit(streams, RESUME_TIMEOUT_S, NOBODY_TIMEOUT_S)
         except AttendantError as error:
-            for stream in streams:
-                stream.fail(error if isinstance(error, ServiceError) else Unavailable(str(error)))
+            self._fail(streams, error if isinstance(error, ServiceError) else Unavailable(str(error)))
+        except Exception:  # a fault of ours: whatever it is, nobody is left waiting
+            logger.exception("a stream could not be moved")
+            self._fail(streams, ServiceError("the service failed on this request when it lost its engine"))
+
+    def _fail(self, streams: Sequence[Stream], error: ServiceError) -> None:
+        self.abort(streams)
+        for stream in streams:
+            stream.fail(error)
 
     async def _abort_on(self, replica_id: str | None, request_ids: list[str]) -> None:
         try:
@@ -311,7 +338,7 @@ class Dispatcher:
         except Exception as error:  # a replica that is gone computes nothing; a channel's end frees the rest
             logger.info("could not abort %d requests: %s", len(request_ids), reason(error))
 
-    def _in_doubt(self) -> frozenset[str]:
+    def _quarantined(self) -> frozenset[str]:
         self._links = {replica_id: link for replica_id, link in self._links.items() if not link.is_done}
         return frozenset(replica_id for replica_id, link in self._links.items() if not link.is_open)
 

@@ -20,21 +20,21 @@ class Engines:
     async def call(self, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
         """One call to one replica. Raises `TimeoutError`, `ReplicaGone` for a pin, and whatever Ray has to say."""
 
-        async def call() -> Any:
+        async def send() -> Any:
             return await getattr(self.handle, method).remote(*args, **kwargs)
 
-        return await within(timeout_s, self.spawn(call()))
+        return await within(timeout_s, self.spawn(send()))
 
     async def broadcast(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
         """The same call to every replica: what they answer, or the exception instead."""
 
-        async def call() -> list[Any]:
+        async def send() -> list[Any]:
             answers: list[Any] = await self.handle.broadcast(method, *args).results_async(
                 timeout_s=timeout_s, return_exceptions=True
             )
             return answers
 
-        return await self.spawn(call())
+        return await self.spawn(send())
 
     def channel(self, channel_id: str, session: int, pin: str) -> Any:
         """Open the channel: iterate over it, and cancel it, since dropping it would leave the replica's side running.
@@ -67,6 +67,7 @@ async def within(timeout_s: float, task: "asyncio.Task[T]") -> T:
         return task.result()
     finally:
         task.cancel()
+        del task  # its error knows this frame: the two would keep one another
 
 
 def reason(error: BaseException) -> str:

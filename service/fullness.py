@@ -40,7 +40,7 @@ class Fullness:
 
     @property
     def knows_something(self) -> bool:
-        """Whether any replica has ever said how full it is."""
+        """Whether any replica has said how full it is, not too long ago."""
         return bool(self._said)
 
     def note(self, replica_id: str, occupancy: Occupancy, own: Share) -> None:

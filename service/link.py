@@ -68,7 +68,7 @@ class Link:
         self.session, self.is_open = session, True
         self._task = self._engines.spawn(self._run())
 
-    def doubt(self) -> None:
+    def quarantine(self) -> None:
         """The replica does not work, as it says itself, or as its silence does: ask until it is well."""
         self._task = self._engines.spawn(self._until_well())
 

@@ -12,6 +12,7 @@ from service.balance import RouteHint
 from service.channel import Accepted, Output, Share
 from service.streams import Stream
 
+CUT_OFF = ("deadline", "error")  # finish reasons that come unasked at any time
 Leader = tuple[Stream, Prefix]  # the first stream of a prompt, and what it asks a cache for
 
 
@@ -67,7 +68,7 @@ class OpenStreams:
             self._count(stream, -1)
             stream.note(token_ids)
             if visit is not None:
-                self._learn(stream, visit, num_cached_tokens)
+                self._learn(stream, visit, finish_reason, num_cached_tokens)
         else:  # once for every stream in every step
             load = self._loads[stream.replica_id]
             load.num_tokens -= stream.note(token_ids)
@@ -122,8 +123,13 @@ class OpenStreams:
             session=leaders[0][0].work.session if leaders else "",
         )
 
-    def _learn(self, stream: Stream, visit: Visit, num_cached_tokens: int) -> None:
-        """What a stream that is over has left in its replica's cache."""
+    def _learn(self, stream: Stream, visit: Visit, finish_reason: str, num_cached_tokens: int) -> None:
+        """What a stream that is over has left in its replica's cache. One that was cut off before its first token may
+        never have been computed: that nothing was found for it says nothing of the cache.
+        """
+        if visit.uncached and finish_reason in CUT_OFF:
+            self.prefixes.withdrawn(visit)
+            return
         if visit.uncached:
             self.prefixes.heard(visit, num_cached_tokens)
         known = visit.prefix.num_tokens - len(stream.work.prompt_ids)

@@ -121,8 +121,8 @@ class EngineReplica:
         self._loop = EngineLoop(self._engine, self._deliver)
         self._loop.start()
 
-    async def describe(self, hint: RouteHint) -> EngineInfo:
-        """What an ingress needs in order to refuse at the door. `hint` is for the router."""
+    async def describe(self, hint: RouteHint, chosen: Sequence[str] = ()) -> EngineInfo:
+        """What an ingress needs in order to refuse at the door. `hint` and `chosen` are for the router."""
         kv_cache_tokens = self._engine.scheduler.blocks.num_blocks * self._engine.config.block_size
         return EngineInfo(self._engine.max_model_len, self._capacity, kv_cache_tokens)
 
@@ -141,13 +141,8 @@ class EngineReplica:
         if refusal := self._admission.refusal(occupancy, unfinished, submissions):
             self._metrics.refused(refusal.reason)
             logger.info("refused: %s", refusal.reason, extra=fields(request_id=submissions[0].trail.request_id))
-            return Refused(
-                self._replica_id,
-                "overloaded",
-                refusal.message,
-                retry_after_s=refusal.retry_after_s,
-                occupancy=occupancy,
-            )
+            wait_s = refusal.retry_after_s
+            return Refused(self._replica_id, "overloaded", refusal.message, retry_after_s=wait_s, occupancy=occupancy)
         try:
             submissions, grammars = await self._grammars.compile(submissions)
         except InvalidRequest as error:
@@ -161,7 +156,7 @@ class EngineReplica:
             try:
                 request = self._start(submission, outbox, leaders.get(prompt), grammar, timing)
             except InvalidRequest as error:
-                await self.abort(list(started))
+                self._stop(list(started), "invalid")
                 return Refused(self._replica_id, "invalid", str(error), param=error.param)
             started[submission.request_id] = request
             leaders.setdefault(prompt, request)
@@ -175,9 +170,7 @@ class EngineReplica:
     async def abort(self, request_ids: list[str], pin: str | None = None) -> None:
         """Forget these requests and free their blocks; ids that are unknown or finished are fine."""
         self._grammars.withdraw(request_ids)
-        for request_id in request_ids:
-            self._let_go(request_id, "abort")
-        self._loop.abort(request_ids)
+        self._stop(request_ids, "abort")
 
     async def channel(self, channel_id: str, session: int, pin: str) -> AsyncGenerator[list[Output], None]:
         """Yield every output for this ingress, one item a step, until either side goes; an empty one now and then.
@@ -294,6 +287,11 @@ class EngineReplica:
             self._let_go(submission.request_id, "invalid")
             raise
         return request
+
+    def _stop(self, request_ids: Sequence[str], reason: str) -> None:
+        for request_id in request_ids:
+            self._let_go(request_id, reason)
+        self._loop.abort(request_ids)
 
     def _let_go(self, request_id: str, reason: str) -> None:
         """A choice is over, or nobody wants it any more. With the last one of a request its story can be told."""

@@ -99,12 +99,18 @@ class Stream:
         """End the choice with an error."""
         self._tell(Piece(self._choice, [], None, 0, error=error))
 
+    def mute(self) -> None:
+        """Nobody listens any more."""
+        self._tell = _to_nobody
+
 
 class Generation:
     """The streams of one HTTP request, and the queue in which their pieces meet. One stream is one choice.
 
+    Its streams lead back to it, and so does whoever listens for an overrun: close it, and nothing keeps it.
     deadline: on `time.monotonic`'s clock. max_unread_tokens: of each choice; whoever does not take them in time is
-    given up, and `on_overrun` called, once. timed: the replicas keep a receipt. trail: for their logs and traces.
+    given up, with an error behind the last tokens, and `on_overrun` called, once. timed: the replicas keep a receipt.
+    trail: for their logs and traces.
     """
 
     def __init__(
@@ -132,10 +138,25 @@ class Generation:
         self._unread = 0
         return pieces
 
+    def close(self) -> None:
+        """Nobody takes its pieces any more."""
+        self.on_overrun.clear()
+        for stream in self.streams:
+            stream.mute()
+
     def _put(self, piece: Piece) -> None:
         self._pieces.put_nowait(piece)
         self._unread += len(piece.token_ids)
         if self._unread > self._max_unread and not self.is_overrun:
             self.is_overrun = True
+            self._pieces.put_nowait(piece._replace(token_ids=[], finish_reason=None, details=None, error=_overrun()))
             for callback in self.on_overrun:
                 callback()
+
+
+def _overrun() -> ServiceError:
+    return ServiceError("the tokens of this answer were not taken for too long, so it was given up")
+
+
+def _to_nobody(piece: Piece) -> None:
+    """Where the pieces go of a stream to which nobody listens."""

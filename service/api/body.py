@@ -7,8 +7,10 @@ from typing import TypeVar
 
 import jiter
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from model.errors import InvalidRequest
+from service.api.connection import ClientLeft
 from service.api.schemas.sampling import GenerationFields
 from service.api.schemas.strict import Body, parse
 from service.call import call_of
@@ -32,14 +34,21 @@ RequestBody = TypeVar("RequestBody", bound=Body)
 async def read(request: Request, schema: type[RequestBody], model_name: str) -> RequestBody:
     """The body as `schema`, for this model.
 
-    Raises `InvalidRequest`, `BodyTooLarge`, `BodyTooSlow`, `NotFound`, or `Overloaded` where nobody would take it.
+    Raises `InvalidRequest`, `BodyTooLarge`, `BodyTooSlow`, `ClientLeft`, `NotFound`, or `Overloaded` where nobody would
+    take it.
     """
     service: Service = request.app.state.service
     call = call_of(request)
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != "application/json":
         raise InvalidRequest("send the body as JSON, with the header content-type: application/json")
-    raw = await _read_bounded(request, service.limits)
+    try:
+        raw = await _read_bounded(request, service.limits)
+    except (ClientDisconnect, asyncio.CancelledError) as left:  # we saw it, or Serve did
+        service.metrics.disconnects.inc()
+        if isinstance(left, asyncio.CancelledError):
+            raise
+        raise ClientLeft("the client left before its request was here") from None
     if issubclass(schema, GenerationFields):
         service.dispatcher.check_room()  # before parsing and tokenizing for nothing
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -73,7 +73,8 @@ class EventStream(StreamingResponse):
         self._metrics = metrics
         self._ended = False
         self._failed = failed
-        super().__init__(self._events(write, first, last), media_type="text/event-stream", headers=HEADERS)
+        self._iterator = self._events(write, first, last)
+        super().__init__(self._iterator, media_type="text/event-stream", headers=HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI call; when it ends, whatever the reason, the request's blocks are freed.
@@ -94,10 +95,25 @@ class EventStream(StreamingResponse):
             self._completion.close()
             if not self._ended:
                 self._metrics.disconnects.inc()
+            # A task that was cancelled keeps this frame, an iterator that was not read to its end keeps us, and a task
+            # group that was left its error, with our frames: the request would stay until the garbage collector comes.
+            del task, self._completion
+            await self._iterator.aclose()
+
+    async def stream_response(self, send: Send) -> None:
+        """As Starlette does; if it is cancelled, without a word of where that was: see above."""
+        try:
+            await super().stream_response(send)
+        except asyncio.CancelledError as cancelled:
+            raise cancelled.with_traceback(None) from None
+
+    def abandon(self) -> None:
+        """Nobody is going to call it: its client has left."""
+        self._completion.close()
 
     async def _events(
         self, write: Callable[[list[Delta]], bytes], first: bytes, last: Callable[[], Awaitable[bytes]]
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         try:
             async for deltas in self._completion:
                 yield first + write(deltas)

@@ -108,9 +108,14 @@ class FakeFleet:
         self._pinned(pin)
         return EngineReceipt(queue=0.25, prefill=0.5, decode=None, weights_sha256="ab")
 
-    async def _describe(self, hint: RouteHint) -> EngineInfo:
+    async def _describe(self, hint: RouteHint, chosen: list[str]) -> EngineInfo:
         while not self.replicas:  # as Serve does
             await asyncio.sleep(0)
+        order = rank(dict.fromkeys(self.replicas, Standing()), hint)
+        if not order:
+            raise NoReplica
+        chosen.append(order[0])
+        await self.replicas[order[0]].awake.wait()
         return EngineInfo(max_model_len=64, capacity=16, kv_cache_tokens=4096)
 
     async def _channel(self, channel_id: str, session: int, pin: str) -> AsyncIterator[Any]:

@@ -7,8 +7,8 @@ import pytest
 from model.errors import InvalidRequest
 from model.sampling.params import SamplingParams
 from service.channel import Accepted, Outbox, Refused, Work
-from service.dispatch import MAX_FAILURES, Dispatcher, Vigil
-from service.errors import DeadlineExceeded, Overloaded, Unavailable
+from service.dispatch import MAX_FAILURES, Dispatcher
+from service.errors import DeadlineExceeded, Overloaded, ServiceError, Unavailable
 from service.link import SILENT_TURNS
 from service.metrics import IngressMetrics
 from service.streams import Generation
@@ -178,6 +178,33 @@ async def test_a_reader_that_falls_too_far_behind_is_given_up_and_its_engine_wor
     assert len(a.aborted) == 2
 
 
+async def test_behind_the_tokens_that_were_not_taken_comes_an_error() -> None:
+    """Also for whoever is not writing to a client, and so cannot be cut off."""
+    fleet = FakeFleet("a")
+    generation = await dispatcher_for(fleet).open([WORK], max_unread_tokens=2)
+    fleet.replicas["a"].say(0, 1, 2, 3)
+    async with asyncio.timeout(5):
+        said, given_up = [*await generation.next(), *([] if generation.is_overrun else await generation.next())]
+    assert said.token_ids == [1, 2, 3]
+    assert isinstance(given_up.error, ServiceError)
+
+
+async def test_a_stream_that_cannot_be_moved_for_a_fault_of_ours_ends_with_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fleet = FakeFleet("a", "b")
+    dispatcher = dispatcher_for(fleet)
+    generation = await dispatcher.open([WORK])
+    (taken,) = (replica for replica in fleet.replicas.values() if replica.submitted)
+    monkeypatch.setattr(dispatcher, "_accepted", lambda *args: 1 / 0)
+    fleet.kill(taken.name)
+    async with asyncio.timeout(5):
+        (piece,) = await generation.next()
+    assert isinstance(piece.error, ServiceError)
+    (other,) = fleet.replicas.values()
+    await until(lambda: other.aborted == [other.submitted[0].request_id])
+
+
 async def test_engines_that_may_sleep_are_not_woken_to_see_whether_the_service_is_ready() -> None:
     metrics, nobody = IngressMetrics("tiny"), FakeFleet()
     await Dispatcher(nobody, metrics, engines_sleep=True).probe(0.01)  # type: ignore[arg-type]
@@ -286,7 +313,7 @@ async def test_a_silent_replica_gets_no_work_until_it_answers_again() -> None:
     assert len(other.submitted) == 4
     silent.new_session()
     silent.awake.set()
-    await until(lambda: silent.name not in dispatcher._in_doubt())
+    await until(lambda: silent.name not in dispatcher._quarantined())
     await dispatcher.open([WORK])
     assert len(silent.submitted) == 2
 
@@ -328,67 +355,6 @@ async def test_a_ping_tells_how_much_has_come() -> None:
     a.say(0, 6)
     await tokens(generation, 2)
     await until(lambda: (0, 2) in a.pings)
-
-
-@pytest.fixture
-def short_vigil(monkeypatch: pytest.MonkeyPatch, quick_turns: None) -> list[float]:
-    """Five turns without anybody are too many. The turns that somebody has waited."""
-    turns: list[float] = []
-    wait = Vigil.wait
-
-    def counted(vigil: Vigil, seconds: float) -> None:
-        turns.append(seconds)
-        wait(vigil, seconds)
-
-    monkeypatch.setattr("service.dispatch.NOBODY_TIMEOUT_S", 0.045)
-    monkeypatch.setattr(Vigil, "wait", counted)
-    return turns
-
-
-async def test_a_stream_ends_with_a_typed_error_soon_after_the_last_replica(short_vigil: list[float]) -> None:
-    fleet = FakeFleet("a")
-    generation = await dispatcher_for(fleet).open([WORK])
-    fleet.kill("a")
-    async with asyncio.timeout(5):
-        (piece,) = await generation.next()
-    assert isinstance(piece.error, Unavailable)
-    assert "no engine runs" in str(piece.error)
-    assert len(short_vigil) == 5
-
-
-async def test_a_new_request_waits_no_longer_for_the_first_replica(short_vigil: list[float]) -> None:
-    with pytest.raises(Unavailable, match="no engine runs"):
-        await dispatcher_for(FakeFleet()).open([WORK])
-    assert len(short_vigil) == 5
-
-
-async def test_a_stream_goes_on_with_a_replica_that_comes_in_time(short_vigil: list[float]) -> None:
-    fleet = FakeFleet("a")
-    generation = await dispatcher_for(fleet).open([WORK])
-    fleet.kill("a")
-    await until(lambda: len(short_vigil) == 2)
-    fleet.add("b")
-    await until(lambda: fleet.replicas["b"].submitted)
-    fleet.replicas["b"].say(0, 5)
-    assert await tokens(generation, 1) == [5]
-
-
-async def test_a_replica_that_stands_still_is_waited_for_longer_than_one_that_is_gone(
-    short_vigil: list[float],
-) -> None:
-    fleet = FakeFleet("a")
-    dispatcher = dispatcher_for(fleet)
-    generation = await dispatcher.open([WORK])
-    a = fleet.replicas["a"]
-    a.say(0, 5)
-    assert await tokens(generation, 1) == [5]
-    a.awake.clear()
-    await until(lambda: dispatcher._in_doubt() and dispatcher._links["a"].is_open is False)
-    for _ in range(20):  # turns, in each of which nobody may be asked
-        await asyncio.sleep(0.01)
-    a.awake.set()
-    await until(lambda: len(a.submitted) == 2)
-    assert short_vigil == []
 
 
 async def test_requests_move_each_for_itself_and_the_choices_of_one_together() -> None:

@@ -127,6 +127,22 @@ async def test_an_aborted_prompt_is_not_believed_to_be_cached() -> None:
     assert fleet.hints[-1].pending == {}
 
 
+@pytest.mark.parametrize("reason", ["deadline", "error"])
+async def test_a_request_that_dies_in_the_queue_says_nothing_of_the_cache(reason: str) -> None:
+    fleet = FakeFleet("a")
+    dispatcher = dispatcher_for(fleet)
+    await finish(fleet, await dispatcher.open([work(1)]))
+    for first in (1, 2):  # what is there, and what would have come
+        generation = await dispatcher.open([work(first)])
+        fleet.replicas["a"].say(first, finish_reason=reason)
+        (piece,) = await generation.next()
+        assert piece.error is not None
+    await dispatcher.open([work(1)])
+    assert fleet.hints[-1].cached == {"a": 4 * B}, "no eviction"
+    await dispatcher.open([work(2)])
+    assert fleet.hints[-1].cached == {}, "never computed"
+
+
 async def test_a_dead_replica_takes_its_cache_with_it_and_a_moved_stream_is_followed() -> None:
     fleet = FakeFleet("a", "b")
     dispatcher = dispatcher_for(fleet)

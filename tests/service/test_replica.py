@@ -281,6 +281,12 @@ async def test_one_bad_request_of_several_starts_none_of_them(replica: EngineRep
     assert not replica._owners
 
 
+async def test_what_was_never_accepted_is_not_told_of(replica: EngineReplica, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "service.replica")
+    await replica.submit("c", [submission("good"), submission("long", prompt=2000)], RouteHint())
+    assert "done" not in caplog.messages
+
+
 def constrained(name: str, spec: GrammarSpec) -> Submission:
     return Submission(name, Work([5] * 3, SamplingParams(max_tokens=30, seed=1), spec), [], False)
 
