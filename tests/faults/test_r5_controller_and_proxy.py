@@ -1,7 +1,7 @@
 """R5: Serve's controller is killed under load, then its proxy.
 
-A stream that needed the controller would break; with Serve's own period of 10 s between health checks the proxy is away
-for about half a minute.
+A stream that needed the controller would break. Serve's own proxy, with Serve's own period of 10 s between its health
+checks, is away for about half a minute; HAProxy comes back sooner by itself.
 """
 
 import asyncio
