@@ -117,6 +117,17 @@ async def test_a_call_of_whose_end_nobody_tells_weighs_for_a_while_only(
     assert not router._in_flight
 
 
+async def test_a_call_that_is_sent_again_weighs_from_then_on_and_hides_no_older_one(
+    router: PinnedRouter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, replicas = [1000.0], [replica("a")]
+    monkeypatch.setattr("service.router.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for call_id, seconds in (("again", 1), ("lost", FORGET_S - 2), ("again", 2), ("last", 0)):
+        await router.choose_replicas(replicas, call(call_id, hint=RouteHint(1)))
+        clock[0] += seconds
+    assert list(router._in_flight) == ["again", "last"]
+
+
 async def test_the_caller_learns_who_was_chosen(router: PinnedRouter) -> None:
     chosen: list[str] = []
     hint = RouteHint(open_streams={"a": 1})
