@@ -240,6 +240,7 @@ class EngineConfig:
         anyway.
     overlap: launch a step before the host has read what the one before it gave; None: on a GPU.
     cuda_graphs: capture decode steps at the start and replay them; None: on a GPU, where the model can be captured.
+    processes_per_machine: of engines, which share its memory where `kv_cache_tokens` is left open on the CPU.
     gpu_memory_utilization: the part of a GPU's memory that weights, steps and cache may take together; None: 0.9.
     kv_cache_dtype: `auto`: as the kernels like it; in half of bf16's bytes, `fp8` (e4m3) for Triton's kernels, and
         `int8`, with a scale for each key and each value, for native ones.
@@ -259,6 +260,7 @@ class EngineConfig:
     speculation_max_seqs: int = 8
     deterministic: bool = False
     num_threads: int | None = None
+    processes_per_machine: int = 1
     overlap: bool | None = None
     cuda_graphs: bool | None = None
     gpu_memory_utilization: float | None = None
@@ -271,12 +273,10 @@ class EngineConfig:
         _check_choice("dtype", self.dtype, Dtype)
         _check_choice("device", self.device, Device)
         self._check_int8_cache()
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "speculation_max_seqs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.speculative_tokens < 0:
             raise ConfigError(f"speculative_tokens must not be negative, as {self.speculative_tokens} is")
-        for name in ("kv_cache_tokens", "max_model_len", "num_threads"):
+        shapes = ("block_size", "max_num_seqs", "max_num_batched_tokens", "speculation_max_seqs")
+        for name in (*shapes, "kv_cache_tokens", "max_model_len", "num_threads", "processes_per_machine"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")

@@ -34,6 +34,7 @@ from model.engine.lockstep import REFUSED, LeadingForward, follow
 from model.engine.memory import resolve_device, resolve_dtype
 from model.engine.request import Request
 from model.errors import AttendantError, ConfigError, GroupLost
+from model.machine import cores
 from model.sampling.params import SamplingParams
 from model.split import own_config, split_decoder
 
@@ -194,7 +195,7 @@ def _own_device(rank: int, config: EngineConfig) -> torch.device:
 
 def _start(rank: int, world_size: int, init_method: str, args: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+        torch.set_num_threads(max(1, cores() // world_size))
     config = EngineConfig(
         dtype=args.dtype, device=args.device, kernels=args.kernels, kv_cache_tokens=args.kv_cache_tokens, max_num_seqs=8
     )

@@ -3,7 +3,6 @@
 serve run service.app:build model=model/checkpoints/storyteller replicas=2
 """
 
-import os
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -13,6 +12,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+from model import machine
 from model.config import CacheDtype, Device, Dtype, EngineConfig
 from service.autoscaling import Autoscaling
 from service.door import Door
@@ -96,12 +96,19 @@ class AppArgs(Door):
         options = self.model_dump(exclude=own)
         # Who is given processors uses them; else the engine decides, when it knows its kernels.
         options["num_threads"] = self.num_threads or int(self.replica_cpus) or None
+        options["processes_per_machine"] = self.processes_per_machine
         return options
 
     @property
     def cores(self) -> int:
-        """This machine's, for each of as many processes as engines may have together."""
-        return max(1, (os.cpu_count() or 2) // self.max_ranks)
+        """Of those that we may use here, for each of the processes that engines may have on one machine."""
+        return max(1, machine.cores() // self.processes_per_machine)
+
+    @property
+    def processes_per_machine(self) -> int:
+        """All that engines may have together, or as many as find the processors on one machine that Ray sets aside."""
+        most = int(machine.cores() / self.replica_cpus) if self.replica_cpus else self.max_ranks
+        return max(1, min(most, self.max_ranks))
 
     @property
     def max_ranks(self) -> int:

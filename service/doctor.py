@@ -17,11 +17,12 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
+from model import machine
 from model.errors import AttendantError, ConfigError
-from service import machine
 from service.data_plane import HAPROXY, DataPlane
 from service.errors import StartError
 from service.keys import read
+from service.machine import clock_is_kept, listener
 from service.serve import Address, check_port
 
 Level = Literal["ok", "warn", "bad"]
@@ -117,7 +118,7 @@ def check_cores() -> Finding:
     count = machine.cores()
     if count < 2:
         return Finding("cores", "warn", f"{count}", "give it two: with one, the engine and HTTP wait for each other")
-    return Finding("cores", "ok", f"{count}; an engine computes with {max(1, count // 2)}, HTTP and text have the rest")
+    return Finding("cores", "ok", f"{count}; native kernels compute on all of them, torch on {count // 2}")
 
 
 def check_native_step() -> Finding:
@@ -215,7 +216,7 @@ def check_port_of(address: Address) -> Finding:
     try:
         check_port(address)
     except StartError:
-        holder = machine.listener(address.port)
+        holder = listener(address.port)
         return Finding("port", "bad", f"{address.port} is held by {holder}", "stop that, or choose another with --port")
     return Finding("port", "ok", f"{address.host}:{address.port} is free")
 
@@ -289,7 +290,7 @@ def check_clock() -> Finding:
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
     if time.time() < WRITTEN:
         return Finding("clock", "bad", f"{now}: that is past", "set it: keys and certificates end by it")
-    if machine.clock_is_kept() is False:
+    if clock_is_kept() is False:
         remedy = "with several machines: run chrony or systemd-timesyncd on each"
         return Finding("clock", "warn", f"{now}; nothing says that it is kept right", remedy)
     return Finding("clock", "ok", now)

@@ -1,31 +1,11 @@
-"""What the system says of this machine: who listens on a port, how much memory is left, whether the clock is kept."""
+"""What the system says of this machine: who listens on a port, whether the clock is kept."""
 
 import ctypes
-import os
 from pathlib import Path
 
 LISTENING = "0A"  # in /proc/net/tcp
 UNSYNCHRONIZED = 5  # what adjtimex answers for a clock that nobody keeps
 TIMEX_BYTES = 512  # more than its structure has
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def free_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that can be had without swapping, in a container at most what it may have; None where nobody says."""
-    try:
-        values = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = 1024 * int(values["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return None
-    try:
-        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # no container, or one without a limit: "max"
-        return free
 
 
 def listener(port: int, proc: Path = Path("/proc")) -> str:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Rooms in the order of the data. A file may import from its own room and from those before it, never from later ones.
 ORDER = (
     "model.errors",
+    "model.machine",
     "model.config",
     "model.config_json",
     "model.families",

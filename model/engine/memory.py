@@ -1,7 +1,6 @@
 """What the machine can hold: the device, the dtype, and how many blocks the cache gets."""
 
 import ctypes
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,8 +12,9 @@ from model.cache.pool import FP8, bytes_per_token
 from model.config import Dtype, EngineConfig, ModelConfig
 from model.errors import ConfigError
 from model.kernels.cpu.step import native_cache_dtype, why_never
+from model.machine import free_memory, total_memory
 
-# Of the memory that is there, for keys and values. The CPU's is shared with everything else on the machine.
+# Of the memory that a process may have, for keys and values. The CPU's is shared with everything else there.
 CPU_SHARE = 0.1
 # Of a GPU's, for all that the engine holds there, where nothing else is asked for.
 GPU_SHARE = 0.9
@@ -185,4 +185,6 @@ def _memory_for_cache(config: EngineConfig, device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(gpu_share(config) * free)
-    return int(CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    share = int(CPU_SHARE * total_memory()) // config.processes_per_machine
+    spare = free_memory()
+    return share if spare is None else min(share, spare)

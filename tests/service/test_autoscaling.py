@@ -151,7 +151,7 @@ def test_the_command_line_refuses_numbers_that_contradict_one_another(words: Any
 
 
 def test_cores_are_shared_out_for_the_most_replicas_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 32)
+    monkeypatch.setattr("model.machine.cores", lambda: 32)
     scaled = AppArgs(model="m", autoscaling=Autoscaling(max_replicas=4))
     assert scaled.cores == 8
     assert scaled.engine_options["num_threads"] is None, "the engine knows its kernels"

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from model import machine
 from model.kernels.cpu import build
-from service import doctor, keys, machine
+from service import doctor, keys
 from service.cli import app
 from service.doctor import Finding, Patient
+from service.machine import clock_is_kept, listener
 from service.serve import Address
 from tests.service.test_cli import attendant
 
@@ -67,7 +69,8 @@ def test_one_core_is_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cores", lambda: 1)
     broken(doctor.check_cores(), "warn", "1")
     monkeypatch.setattr(machine, "cores", lambda: 4)
-    assert doctor.check_cores().level == "ok"
+    found = doctor.check_cores()
+    assert (found.level, found.value) == ("ok", "4; native kernels compute on all of them, torch on 2")
 
 
 def test_a_native_step_that_was_not_built_is_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -159,24 +162,12 @@ def test_too_little_memory_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     broken(doctor.check_memory(1), "warn", "does not say")
 
 
-def test_memory_in_a_container_is_what_the_container_may_have(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
-    assert machine.free_memory(meminfo, tmp_path) == 8000 * 1024
-    for name, value in (("memory.max", "max"), ("memory.current", "1000000")):
-        (tmp_path / name).write_text(f"{value}\n")
-    assert machine.free_memory(meminfo, tmp_path) == 8000 * 1024
-    (tmp_path / "memory.max").write_text("3000000\n")
-    assert machine.free_memory(meminfo, tmp_path) == 2_000_000
-    assert machine.free_memory(tmp_path / "nothing") is None
-
-
 def test_a_port_that_is_taken_is_told_with_its_holder() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         broken(doctor.check_port_of(Address("127.0.0.1", port)), "bad", f"(pid {os.getpid()})")
     assert doctor.check_port_of(Address("127.0.0.1", port)).level == "ok"
-    assert machine.listener(port) == "another process"
+    assert listener(port) == "another process"
 
 
 def test_keys_that_cannot_be_read_or_have_expired_or_lie_open_are_told(tmp_path: Path) -> None:
@@ -243,14 +234,14 @@ def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 def test_a_clock_that_is_past_or_not_kept_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for kept, level in ((True, "ok"), (None, "ok"), (False, "warn")):
-        monkeypatch.setattr(machine, "clock_is_kept", lambda kept=kept: kept)
+        monkeypatch.setattr(doctor, "clock_is_kept", lambda kept=kept: kept)
         assert doctor.check_clock().level == level
     monkeypatch.setattr(doctor.time, "time", lambda: 1e9)
     broken(doctor.check_clock(), "bad", "past")
 
 
 def test_the_system_is_asked_about_its_clock() -> None:
-    assert machine.clock_is_kept() in (True, False)
+    assert clock_is_kept() in (True, False)
 
 
 @pytest.mark.slow

@@ -101,8 +101,16 @@ def test_without_processors_set_aside_an_engine_of_several_processes_has_a_place
 
 
 def test_the_cores_are_shared_by_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.app.os.cpu_count", lambda: 16)
-    assert AppArgs(replicas=2, tensor_parallel=2).cores == 4
+    monkeypatch.setattr("model.machine.cores", lambda: 16)
+    shared = AppArgs(replicas=2, tensor_parallel=2)
+    assert (shared.cores, shared.engine_options["processes_per_machine"]) == (4, 4)
+
+
+def test_a_machine_holds_no_more_processes_than_find_their_processors_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.machine.cores", lambda: 16)
+    shared = [AppArgs(replicas=replicas, replica_cpus=4).processes_per_machine for replicas in (3, 8)]
+    assert shared == [3, 4]
+    assert AppArgs(replicas=8, replica_cpus=32).processes_per_machine == 1, "on another machine, then"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ no torch in it. Every kernel is compiled for each instruction set; which one run
 """
 
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -14,6 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from model.machine import cores
 
 SOURCES = Path(__file__).parent
 # -ffp-contract=off: a product and a sum are rounded one by one unless the source says `fma`, or bits would depend on
@@ -65,7 +66,7 @@ def _compile(compiler: str, units: dict[Path, list[str]], extra_flags: Sequence[
             [compiler, *FLAGS, *WARNINGS, *flags, *extra_flags, "-c", str(source), "-o", str(out)]
             for (source, flags), out in zip(units.items(), objects, strict=True)
         ]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             list(pool.map(_run, commands))
         library = Path(scratch) / target.name
         _run([compiler, "-shared", *extra_flags, *map(str, objects), "-o", str(library), "-pthread"])

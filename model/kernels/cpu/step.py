@@ -19,10 +19,11 @@ from model.kernels.cpu.build import NoLibrary
 from model.kernels.cpu.library import ACTIVATIONS, INSTRUCTION_SETS, NORMS, PANEL
 from model.kernels.cpu.pack import Arena, Matrix, interleave, release, up
 from model.layers import MLP, Int8Linear, LayerNorm, MixtureOfExperts, RMSNorm
+from model.machine import cores
 from model.rotary import Rotary
 
-# Before an engine takes torch's threads down: as many as torch would use.
-DEFAULT_THREADS = torch.get_num_threads()
+# Before an engine takes torch's threads down: as many as torch would use, which knows of no quota.
+DEFAULT_THREADS = min(torch.get_num_threads(), cores())
 
 REFUSALS = (
     "nothing",
