@@ -1,13 +1,14 @@
 """Whether an engine replica takes more work: a queue bounded in requests and in tokens, and honest about its length.
 
 Work is counted when somebody asks to be let in, from the engine's own requests, so a token costs nothing here. What a
-request still needs is its worst case: it may end before its `max_tokens`. The throughput is measured: prompt and
-output tokens computed in a second of stepping, over the last hundred steps or so.
+request still needs is its worst case, as it may end before its `max_tokens`; of one that set no limit, it is what such
+requests need in the mean (`service.usual`), since their worst case is a whole context. The throughput is measured:
+prompt and output tokens computed in a second of stepping, over the last hundred steps or so.
 """
 
 import math
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from service.channel import Occupancy, Share, Submission, Work
 
@@ -32,6 +33,14 @@ class Admission:
     """max_running: requests that compute at once; max_requests: those and the waiting; max_tokens: what all of them
     may still need together. A replica that has nothing to do takes one request of any size.
     """
+
+    @classmethod
+    def sized(cls, max_running: int, max_model_len: int, max_waiting: int, max_tokens: int | None = None) -> Self:
+        """Where `max_tokens` is left open, a quarter of what as many requests of full length would need. Usual ones
+        fill the places before; long prompts, and limits that are set so high, meet it.
+        """
+        max_requests = max_running + max_waiting
+        return cls(max_running, max_requests, max_tokens or max_requests * max_model_len // 4)
 
     def __init__(self, max_running: int, max_requests: int, max_tokens: int) -> None:
         self._max_running = max_running
@@ -101,13 +110,13 @@ def objection(occupancy: Occupancy, need: Share) -> Refusal | None:
 
 
 def backlog(unfinished: Collection["Request"]) -> int:
-    """Tokens that these requests still need at most. Their counts are the engine's and may be a step old."""
+    """Tokens that these requests may still need. Their counts are the engine's and may be a step old."""
     return sum(map(remaining_tokens, unfinished))
 
 
 def remaining_tokens(request: "Request") -> int:
     """What is left of one request: of its prompt, which a sibling takes from its leader, and of its output."""
-    return _of_prompt(request) + max(0, request.params.max_tokens - request.num_output_tokens)
+    return _of_prompt(request) + request.params.tokens_left(request.num_output_tokens)
 
 
 def unprefilled(unfinished: Collection["Request"]) -> int:
@@ -121,7 +130,7 @@ def _of_prompt(request: "Request") -> int:
 
 def needed_tokens(work: Work) -> int:
     """What a new request may need."""
-    return len(work.prompt_ids) + work.params.max_tokens
+    return len(work.prompt_ids) + work.params.tokens_left(0)
 
 
 def _whole_seconds(seconds: float) -> int:

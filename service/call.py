@@ -104,13 +104,13 @@ class Call:
         self.log["error"] = type(error).__name__
 
     def reserve(self, num_tokens: int) -> None:
-        """Take what the request may need at most from its key's tokens. Raises `Overloaded`."""
+        """Take what the request may need from its key's tokens. Raises `Overloaded`."""
         if self.key is not None and self.quota is not None:
             self.quota.spend(self.key, num_tokens)
             self._reserved = num_tokens
 
     def settle(self, num_tokens: int) -> None:
-        """Give back what it did not need. Once is enough, twice does no harm."""
+        """Give back what it did not need, or take what it needed beyond. Once is enough, twice does no harm."""
         if self.quota is not None:
             self.quota.refund(self._reserved - num_tokens if self._reserved else 0)
             self._reserved = 0

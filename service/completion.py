@@ -3,8 +3,8 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -25,6 +25,7 @@ from service.limits import Limits
 from service.metrics import IngressMetrics
 from service.receipt import write_receipt
 from service.streams import Generation, Piece
+from service.usual import UsualLength
 
 # Longer texts are tokenized in a thread, so that they do not hold up other clients' streams.
 LONG_TEXT = 8_192
@@ -42,6 +43,7 @@ class Service:
     metrics: IngressMetrics
     limits: Limits
     drain: Drain = field(default_factory=Drain)
+    usual_length: UsualLength = field(default_factory=UsualLength)
     view: View = ALONE
 
 
@@ -170,39 +172,11 @@ class Completion:
         """
         info = await service.dispatcher.describe()
         service.limits.check_prompts(prompts, info.max_model_len)
-        count = fields.num_candidates
-        max_choices = min(service.limits.max_choices, info.capacity)
-        if count * len(prompts) > max_choices:
-            name = "best_of" if count > fields.num_choices else "n"
-            raise InvalidRequest(
-                f"{len(prompts)} prompts times {name}={count} are {count * len(prompts)} choices; "
-                f"at most {max_choices} are served in one request",
-                param=name if count > 1 else "prompt",
-            )
-        seed = secrets.randbits(63) if fields.seed is None else fields.seed
-        works = []
-        for ids in prompts:
-            limit = max(1, info.max_model_len - len(ids) if max_tokens is None else max_tokens)
-            salt, priority = call.cache_salt(fields.cache_salt), fields.priority or 0
-            for choice in range(count):
-                params = fields.sampling(limit, sibling_seed(seed, choice))
-                works.append(Work(ids, params, grammar, priority, salt, fields.inspection, call.session_key))
-        call.asked, call.max_tokens = fields, works[0].params.max_tokens
-        call.admitted_at = time.perf_counter()
-        call.reserve(sum(map(len, prompts)) + sum(work.params.max_tokens for work in works))
-        try:
-            async with call.in_time():
-                generation = await service.dispatcher.open(
-                    works,
-                    deadline=call.deadline,
-                    max_unread_tokens=service.limits.max_unread_tokens,
-                    timed=call.is_timed,
-                    trail=call.trail,
-                )
-        except BaseException:
-            call.settle(0)
-            raise
-        call.fetch_receipt = partial(service.dispatcher.receipt, generation.streams[0])
+        _check_choices(len(prompts), fields, min(service.limits.max_choices, info.capacity))
+        usual = service.usual_length.tokens(info.max_model_len)
+        works = list(_works(prompts, fields, call, max_tokens, grammar, info.max_model_len, usual))
+        call.asked = fields
+        generation = await _open(service, call, works, sum(map(len, prompts)))
         completion = cls(service, generation, prompts, fields, call, empty=max_tokens == 0)
         try:
             completion._first = await completion._next()
@@ -270,6 +244,9 @@ class Completion:
         metrics.cached_tokens.inc(self._num_cached_tokens())
         metrics.prompt_length.observe(self._num_prompt_tokens)
         num_generated = sum(choice.num_tokens for choice in self._choices)
+        for choice, stream in zip(self._choices, self._generation.streams, strict=True):
+            if choice.num_tokens and stream.work.params.usual_tokens is not None:
+                self._service.usual_length.observe(choice.num_tokens)
         self.call.settle(self._num_prompt_tokens + num_generated)
         self.call.log.update(
             prompt_tokens=self._num_prompt_tokens,
@@ -340,6 +317,66 @@ class Completion:
         for piece in pieces:
             if piece.error is not None:
                 raise piece.error
+
+
+def _check_choices(num_prompts: int, fields: GenerationFields, most: int) -> None:
+    """Raises `InvalidRequest` where one request wants more choices than are served in one."""
+    count = fields.num_candidates
+    if count * num_prompts > most:
+        name = "best_of" if count > fields.num_choices else "n"
+        raise InvalidRequest(
+            f"{num_prompts} prompts times {name}={count} are {count * num_prompts} choices; "
+            f"at most {most} are served in one request",
+            param=name if count > 1 else "prompt",
+        )
+
+
+def _works(
+    prompts: Sequence[list[int]],
+    fields: GenerationFields,
+    call: Call,
+    max_tokens: int | None,
+    grammar: GrammarSpec | None,
+    max_model_len: int,
+    usual_tokens: int,
+) -> Iterator[Work]:
+    """What the engine is to do for each choice, those of one prompt together. Raises `InvalidRequest`.
+
+    usual_tokens: to reckon with for each choice, where `max_tokens` sets no limit.
+    """
+    seed = secrets.randbits(63) if fields.seed is None else fields.seed
+    salt, priority = call.cache_salt(fields.cache_salt), fields.priority or 0
+    for ids in prompts:
+        limit = max(1, max_model_len - len(ids) if max_tokens is None else max_tokens)
+        for choice in range(fields.num_candidates):
+            params = fields.sampling(limit, sibling_seed(seed, choice))
+            if max_tokens is None:
+                params = replace(params, usual_tokens=usual_tokens)
+            yield Work(ids, params, grammar, priority, salt, fields.inspection, call.session_key)
+
+
+async def _open(service: Service, call: Call, works: Sequence[Work], num_prompt_tokens: int) -> Generation:
+    """Submit them, if the key has the tokens left that they may need. Raises `ServiceError`.
+
+    num_prompt_tokens: of each prompt once, however many choices it has.
+    """
+    call.max_tokens = works[0].params.max_tokens
+    call.admitted_at = time.perf_counter()
+    call.reserve(num_prompt_tokens + sum(work.params.tokens_left(0) for work in works))
+    try:
+        async with call.in_time():
+            generation = await service.dispatcher.open(
+                works,
+                deadline=call.deadline,
+                max_unread_tokens=service.limits.max_unread_tokens,
+                timed=call.is_timed,
+                trail=call.trail,
+            )
+    except BaseException:
+        call.settle(0)
+        raise
+    call.fetch_receipt = partial(service.dispatcher.receipt, generation.streams[0])
+    return generation
 
 
 async def encode(service: Service, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:

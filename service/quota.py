@@ -41,7 +41,7 @@ class Quota:
         self._open -= 1
 
     def spend(self, key: ApiKey, num_tokens: int) -> None:
-        """Take what a request may need at most from the bucket. Raises `Overloaded`, which says when there is enough.
+        """Take what a request may need from the bucket. Raises `Overloaded`, which says when there is enough.
 
         A request larger than the bucket passes when that is full.
         """

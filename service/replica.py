@@ -92,9 +92,7 @@ class EngineReplica:
         self._engine, self._dismiss = load(self._model, EngineConfig(**engine_options), cores, num_ranks)
         config = self._engine.config
         self._capacity = config.max_num_seqs + queue.max_waiting
-        # A quarter of what as many requests of full length would need: only unusually long ones meet it.
-        max_tokens = queue.max_backlog_tokens or self._capacity * self._engine.max_model_len // 4
-        self._admission = Admission(config.max_num_seqs, self._capacity, max_tokens)
+        self._admission = Admission.sized(config.max_num_seqs, self._engine.max_model_len, *queue)
         self._replica_id: str = serve.get_replica_context().replica_id.unique_id
         self._tracer: Tracer | None = None
         if telemetry is not None:  # this process is ours alone

@@ -67,7 +67,7 @@ class Stream:
     def outstanding_tokens(self) -> int:
         """What it may still need of an engine: of its prompt, as far as we know, and of its output."""
         prompt = 0 if self.journal else len(self.work.prompt_ids)
-        return prompt + self.work.params.max_tokens - len(self.journal)
+        return prompt + self.work.params.tokens_left(len(self.journal))
 
     def new_attempt(self) -> Submission:
         """The request as it stands; after a replica's death, with what was already said."""
@@ -80,9 +80,9 @@ class Stream:
 
     def note(self, token_ids: list[int]) -> int:
         """Journal a step's tokens. How many fewer it may need of an engine now."""
-        prompt = len(self.work.prompt_ids) if token_ids and not self.journal else 0
+        before = self.outstanding_tokens
         self.journal.extend(token_ids)
-        return prompt + len(token_ids)
+        return before - self.outstanding_tokens
 
     def tell(
         self, token_ids: list[int], finish_reason: str | None, num_cached_tokens: int, details: Details | None

@@ -19,6 +19,8 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "lark", "choice"]
 class SamplingParams:
     """One request's sampling, validated when made. Raises `InvalidRequest` naming the field.
 
+    usual_tokens: how many such requests generate in the mean, where `max_tokens` is no more than what the context has
+        room for. Nothing ends there: it is for whoever has to know how much there is to do.
     temperature: 0 is greedy; top_k: 0 keeps all; top_p: 1 keeps all; min_p: 0 keeps all.
     seed: with the token's position it is the whole source of randomness, so a request gives the same tokens alone, in
         a batch, preempted, or resumed elsewhere.
@@ -31,6 +33,7 @@ class SamplingParams:
     """
 
     max_tokens: int
+    usual_tokens: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -66,6 +69,13 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if (count := getattr(self, name)) is not None:
                 self._check_range(name, count, 0, MAX_LOGPROBS)
+
+    def tokens_left(self, num_output_tokens: int) -> int:
+        """How many are to come behind so many: all that it may have; where that says nothing, the usual number, however
+        many there have been: that a text goes on is no sign that it will soon end.
+        """
+        left = max(0, self.max_tokens - num_output_tokens)
+        return left if self.usual_tokens is None else min(left, self.usual_tokens)
 
     @property
     def penalizes(self) -> bool:
