@@ -53,10 +53,10 @@ class Scheduler:
         self._longest_sharing_prompt = longest_sharing_prompt
         self._drafter = NgramDrafter(config.speculative_tokens)
         self._arrivals = 0
-        # Heaps of (key, request); an entry whose request has moved on is passed over when it comes up, so the cost of
-        # a step does not grow with the queue.
-        self._queue: list[tuple[tuple[int, int], Request]] = []
-        self._deadlines: list[tuple[float, int, Request]] = []
+        # Heaps of keys with request ids; an entry whose request has moved on is passed over when it comes up, so the
+        # cost of a step does not grow with the queue. They hold no requests: an entry may lie here until its deadline.
+        self._queue: list[tuple[tuple[int, int], str]] = []
+        self._deadlines: list[tuple[float, int, str]] = []
 
     @property
     def has_work(self) -> bool:
@@ -85,7 +85,7 @@ class Scheduler:
             request.prefix_root = root(request.cache_salt, request.num_prompt_tokens)
         self._wait(request)
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.arrival, request))
+            heapq.heappush(self._deadlines, (request.deadline, request.arrival, request.request_id))
         if len(self._queue) + len(self._deadlines) > 4 * (len(self.waiting) + len(self.running)) + COMPACT_BEYOND:
             self._compact()
 
@@ -103,9 +103,9 @@ class Scheduler:
         """End the requests whose deadline has passed, waiting or running."""
         outputs = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, request = heapq.heappop(self._deadlines)
-            if self._is_live(request):
-                self.abort(request.request_id)
+            _, arrival, request_id = heapq.heappop(self._deadlines)
+            if (request := self._find(request_id)) is not None and request.arrival == arrival:
+                self.abort(request_id)
                 outputs.append(TokenOutput(request.request_id, [], "deadline", request.num_cached_tokens))
         return outputs
 
@@ -256,27 +256,29 @@ class Scheduler:
 
     def _wait(self, request: Request) -> None:
         self.waiting[request.request_id] = request
-        heapq.heappush(self._queue, (request.rank, request))
+        heapq.heappush(self._queue, (request.rank, request.request_id))
 
-    def _is_live(self, request: Request) -> bool:
-        return self.waiting.get(request.request_id) is request or request in self.running
+    def _find(self, request_id: str) -> Request | None:
+        """A live request."""
+        running = (request for request in self.running if request.request_id == request_id)
+        return self.waiting.get(request_id) or next(running, None)
+
+    def _waiting_at(self, rank: tuple[int, int], request_id: str) -> Request | None:
+        """Who waits there; None where the request is gone, also where another has its id by now."""
+        request = self.waiting.get(request_id)
+        return request if request is not None and request.rank == rank else None
 
     def _compact(self) -> None:
         """Drop what the heaps still hold of requests that are gone. Amortized over the adds, it costs O(1)."""
-        self._queue = [entry for entry in self._queue if self.waiting.get(entry[1].request_id) is entry[1]]
-        running = set(map(id, self.running))
-        self._deadlines = [
-            entry
-            for entry in self._deadlines
-            if id(entry[2]) in running or self.waiting.get(entry[2].request_id) is entry[2]
-        ]
+        self._queue = [entry for entry in self._queue if self._waiting_at(*entry)]
+        live = {request.arrival for request in (*self.running, *self.waiting.values())}
+        self._deadlines = [entry for entry in self._deadlines if entry[1] in live]
         heapq.heapify(self._queue)
         heapq.heapify(self._deadlines)
 
     def _next_waiting(self) -> Request | None:
         while self._queue:
-            request = self._queue[0][1]
-            if self.waiting.get(request.request_id) is request:
+            if (request := self._waiting_at(*self._queue[0])) is not None:
                 return request
             heapq.heappop(self._queue)
         return None

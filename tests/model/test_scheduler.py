@@ -1,5 +1,6 @@
 """Scheduling, without a model: budgets, order, preemption, prefix hits."""
 
+import gc
 import subprocess
 import sys
 
@@ -163,6 +164,26 @@ def test_a_deadline_that_passes_while_decoding_frees_the_blocks():
     assert scheduler.expire(12.0) == []
     assert not scheduler.has_work
     assert scheduler.blocks.num_free == 64
+
+
+def test_a_request_that_has_ended_is_not_kept_until_its_deadline():
+    """A prompt may be long, and a deadline a day away."""
+    scheduler = make()
+    for name in ("finished", "withdrawn"):
+        scheduler.add(request(name, 5, max_tokens=1, deadline=1e9))
+    scheduler.abort("withdrawn")
+    step(scheduler)
+    scheduler.take_departed()
+    assert [kept.request_id for kept in gc.get_objects() if isinstance(kept, Request) and kept.deadline == 1e9] == []
+
+
+def test_a_deadline_ends_nobody_who_has_the_same_id_later():
+    scheduler = make()
+    scheduler.add(request("a", 5, deadline=10.0))
+    scheduler.abort("a")
+    scheduler.add(request("a", 5, deadline=20.0))
+    assert scheduler.expire(15.0) == []
+    assert [output.request_id for output in scheduler.expire(20.0)] == ["a"]
 
 
 def test_a_deadline_of_a_request_that_has_ended_is_forgotten():
