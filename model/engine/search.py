@@ -1,4 +1,8 @@
-"""Several completions of one prompt, and the best of them: built on the engine's requests, unknown to its steps."""
+"""Several completions of one prompt, and the best of them: built on the engine's requests, unknown to its steps.
+
+For who calls the engine from Python, as scoring scripts do. The service ranks candidates by itself (`best_of`), and
+offers no beams: OpenAI's API has none.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +14,7 @@ from model.sampling.result import TokenLogprobs
 
 
 @dataclass(frozen=True)
-class Completion:
+class Found:
     """token_ids: what was generated; cumulative_logprob: the sum of their log-probabilities."""
 
     token_ids: list[int]
@@ -23,7 +27,7 @@ class Completion:
         return self.cumulative_logprob / max(len(self.token_ids), 1)
 
 
-def best_of(engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, n: int, count: int) -> list[Completion]:
+def best_of(engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, n: int, count: int) -> list[Found]:
     """Sample `count` completions that share the prompt's blocks, and return the `n` likeliest a token, best first."""
     params = replace(params, logprobs=params.logprobs or 0)
     leader: Request | None = None
@@ -43,7 +47,7 @@ def best_of(engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, n
 
 def beam_search(
     engine: Engine, prompt_ids: Sequence[int], *, width: int, max_tokens: int, length_penalty: float = 1.0
-) -> list[Completion]:
+) -> list[Found]:
     """The `width` best completions that a beam of `width` finds, best first (Sutskever et al. 2014).
 
     Each beam is a request for one token and the likeliest 2 * width at its place; the prefix cache makes its prompt
@@ -51,10 +55,10 @@ def beam_search(
     ends when no live beam could still enter the best.
     """
     eos = set(engine.model_config.eos_token_ids)
-    live = [Completion([], 0.0, None)]
-    finished: list[Completion] = []
+    live = [Found([], 0.0, None)]
+    finished: list[Found] = []
 
-    def score(completion: Completion) -> float:
+    def score(completion: Found) -> float:
         length: float = len(completion.token_ids) ** length_penalty
         return completion.cumulative_logprob / length
 
@@ -63,22 +67,20 @@ def beam_search(
         for beam, logprobs in zip(live, _next_tokens(engine, prompt_ids, live, 2 * width), strict=True):
             for token_id, logprob in logprobs.top:
                 reason: FinishReason | None = "stop" if token_id in eos else None
-                candidates.append(Completion([*beam.token_ids, token_id], beam.cumulative_logprob + logprob, reason))
+                candidates.append(Found([*beam.token_ids, token_id], beam.cumulative_logprob + logprob, reason))
         candidates.sort(key=lambda candidate: -candidate.cumulative_logprob)
         # As many candidates as could all end here and still leave `width` to go on with.
         best = candidates[: 2 * width]
         finished += [candidate for index, candidate in enumerate(best) if candidate.finish_reason and index < width]
         finished = sorted(finished, key=lambda done: -score(done))[:width]
         live = [candidate for candidate in best if not candidate.finish_reason][:width]
-        if len(finished) == width and score(finished[-1]) >= score(live[0]):
+        if not live or (len(finished) == width and score(finished[-1]) >= score(live[0])):
             return finished
     ended = [replace(beam, finish_reason="length") for beam in live]
     return sorted([*finished, *ended], key=lambda done: -score(done))[:width]
 
 
-def _next_tokens(
-    engine: Engine, prompt_ids: Sequence[int], beams: Sequence[Completion], count: int
-) -> list[TokenLogprobs]:
+def _next_tokens(engine: Engine, prompt_ids: Sequence[int], beams: Sequence[Found], count: int) -> list[TokenLogprobs]:
     params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=count)
     for index, beam in enumerate(beams):
         engine.add(Request(f"beam-{index}", [*prompt_ids, *beam.token_ids], params))
@@ -88,7 +90,7 @@ def _next_tokens(
     return [found[f"beam-{index}"] for index in range(len(beams))]
 
 
-def _join(outputs: Sequence[TokenOutput]) -> Completion:
+def _join(outputs: Sequence[TokenOutput]) -> Found:
     logprobs = [item.logprob for output in outputs for item in output.logprobs or ()]
     token_ids = [token_id for output in outputs for token_id in output.token_ids]
-    return Completion(token_ids, sum(logprobs), outputs[-1].finish_reason)
+    return Found(token_ids, sum(logprobs), outputs[-1].finish_reason)

@@ -109,3 +109,12 @@ def test_beam_search_prefers_a_finished_beam_by_its_mean(tiny_llama, monkeypatch
     ended = [c for c in found if c.token_ids == [second]]
     likeliest = max(c.cumulative_logprob / len(c.token_ids) for c in found)
     assert (ended == [] and likeliest > logprobs_of(model, ids)[-1, second]) or ended[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_beam_search_ends_where_every_candidate_has_ended(tiny_llama, monkeypatch, width):
+    engine = Engine.from_checkpoint(tiny_llama[0], EngineConfig(block_size=8))
+    everything = type("Config", (), {"eos_token_ids": tuple(range(320)), "vocab_size": 320})
+    monkeypatch.setattr(engine, "model_config", everything)
+    found = beam_search(engine, prompt(12), width=width, max_tokens=6)
+    assert [(len(beam.token_ids), beam.finish_reason) for beam in found] == [(1, "stop")] * width
