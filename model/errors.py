@@ -24,6 +24,10 @@ class InvalidRequest(AttendantError):  # noqa: N818 - named for what the client 
         self.param = param
 
 
+class Busy(AttendantError):  # noqa: N818 - named for the state of who was asked
+    """Too many ask for the same at once. A moment later the same request may be served."""
+
+
 class GrammarError(AttendantError):
     """A request's output cannot go on under its grammar. That request ends with an error; the others do not notice."""
 

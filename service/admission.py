@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MEMORY = 0.99  # what a step leaves of the measurement before it
 MAX_RETRY_AFTER_S = 600
 
-Reason = Literal["requests", "tokens", "deadline"]
+Reason = Literal["requests", "tokens", "deadline", "grammars"]
 
 
 class Refusal(NamedTuple):

@@ -55,6 +55,11 @@ class DeadlineExceeded(ServiceError):  # noqa: N818 - named for what happened
     def __init__(self) -> None:
         super().__init__("the deadline that the request set has passed", code="deadline_exceeded")
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Not again by itself: OpenAI's clients take a 408 for a mishap, and would ask twice more, for nobody."""
+        return {"x-should-retry": "false"}
+
 
 class Unread(ServiceError):  # noqa: N818 - named for what became of the body
     """Not all of the request was read, so its connection cannot carry another one."""

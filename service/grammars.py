@@ -31,7 +31,7 @@ class Grammars:
     async def compile(self, submissions: list[Submission]) -> "tuple[list[Submission], dict[GrammarSpec, Grammar]]":
         """The grammars that `submissions` need, and those submissions that were not withdrawn meanwhile.
 
-        Raises `InvalidRequest` for a grammar that cannot be compiled.
+        Raises `InvalidRequest` for a grammar that cannot be compiled, and `Busy` where too many are being compiled.
         """
         specs = {submission.work.grammar for submission in submissions if submission.work.grammar is not None}
         if not specs:

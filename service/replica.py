@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ray import serve
 
 from model.config import EngineConfig
-from model.errors import GrammarError, InvalidRequest
-from service.admission import Admission, backlog, unprefilled
+from model.errors import Busy, GrammarError, InvalidRequest
+from service.admission import Admission, Refusal, backlog, unprefilled
 from service.autoscaling import Load
 from service.balance import RouteHint, Standing
 from service.channel import (
@@ -21,6 +21,7 @@ from service.channel import (
     Accepted,
     Details,
     EngineInfo,
+    Occupancy,
     Outbox,
     Output,
     Refused,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0  # for the step in progress, when the replica ends: a stuck one never does
+BUSY_S = 1  # until grammars may be compiled again
 MAX_TIMINGS = 1024  # of calls that have not come for their receipts
 
 
@@ -137,14 +139,13 @@ class EngineReplica:
         unfinished = [owner.request for owner in self._owners.values()]
         occupancy = self._admission.occupancy(unfinished, len(self._grammars.waiting))
         if refusal := self._admission.refusal(occupancy, unfinished, submissions):
-            self._metrics.refused(refusal.reason)
-            logger.info("refused: %s", refusal.reason, extra=fields(request_id=submissions[0].trail.request_id))
-            wait_s = refusal.retry_after_s
-            return Refused(self._replica_id, "overloaded", refusal.message, retry_after_s=wait_s, occupancy=occupancy)
+            return self._refused(refusal, occupancy, submissions)
         try:
             submissions, grammars = await self._grammars.compile(submissions)
         except InvalidRequest as error:
             return Refused(self._replica_id, "invalid", str(error), param=error.param)
+        except Busy as error:
+            return self._refused(Refusal("grammars", str(error), BUSY_S), occupancy, submissions)
         outbox = self._outbox(channel_id)
         started: dict[str, Request] = {}
         leaders: dict[tuple[int, ...], Request] = {}  # of several choices, the first computes the prompt for all
@@ -247,6 +248,12 @@ class EngineReplica:
         if self._loop.is_alive:
             return "the engine thread is stuck in a step"
         return f"the engine thread is dead: {self._loop.failure!r}"
+
+    def _refused(self, refusal: Refusal, occupancy: Occupancy, submissions: Sequence[Submission]) -> Refused:
+        """Not now, counted and told in the log."""
+        self._metrics.refused(refusal.reason)
+        logger.info("refused: %s", refusal.reason, extra=fields(request_id=submissions[0].trail.request_id))
+        return Refused(self._replica_id, "overloaded", refusal.message, None, refusal.retry_after_s, occupancy)
 
     def _start(
         self,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.errors import CheckpointError, ConfigError, InvalidRequest
+from model.errors import Busy, CheckpointError, ConfigError, InvalidRequest
 from model.sampling import trial
 from model.sampling.masks import GrammarState
 from model.sampling.params import GrammarSpec
@@ -82,6 +82,7 @@ class GrammarCompiler:
         A trial takes `TRIAL_SECONDS` at most, and what passes is compiled again in about the same time. Raises
         `InvalidRequest` with the reason: malformed, too large, too costly, without any match, or a JSON Schema keyword
         that cannot be enforced. Keywords that JSON Schema does not know are annotations, as its specification has it.
+        Raises `Busy` where others keep it waiting.
         """
         with self._lock:
             if spec in self._cached:
@@ -112,9 +113,9 @@ class TrialProcess:
         self._process = self._start()
 
     def run(self, grammar: str) -> str:
-        """The reason against a grammar, empty if there is none."""
+        """The reason against a grammar, empty if there is none. Raises `Busy` when the others do not come to an end."""
         if not self._lock.acquire(timeout=QUEUE_SECONDS):
-            return "too many others are waiting to be compiled; try again"
+            raise Busy("too many other grammars and schemas are being compiled; try again in a moment")
         try:
             answer = self._ask(json.dumps(grammar))
             if answer:

@@ -14,7 +14,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as FastTokenizer
 
-from model.errors import CheckpointError, ConfigError, GrammarError, InvalidRequest
+from model.errors import Busy, CheckpointError, ConfigError, GrammarError, InvalidRequest
 from model.sampling import grammar as grammar_module
 from model.sampling.grammar import GrammarCompiler
 from model.sampling.masks import GrammarState, apply_masks, fill_masks, new_bitmask
@@ -351,6 +351,13 @@ def test_a_grammar_that_takes_too_long_is_given_up_and_the_next_one_compiles(com
     with pytest.raises(InvalidRequest, match=r"over 0\.5 s"):
         compiler.compile(GrammarSpec("json_schema", json.dumps({"patternProperties": patterns})))
     compiler.compile(GrammarSpec("regex", "after a slow one"))
+
+
+def test_a_grammar_that_others_keep_waiting_is_refused_for_now_and_not_for_what_it_is(compiler, monkeypatch):
+    monkeypatch.setattr(grammar_module, "QUEUE_SECONDS", 0.01)
+    with compiler._trials._lock, pytest.raises(Busy, match="too many other grammars"):
+        compiler.compile(GrammarSpec("regex", "late"))
+    compiler.compile(GrammarSpec("regex", "late"))
 
 
 def test_a_grammar_that_overflows_the_stack_is_refused_and_the_next_one_compiles(compiler):

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
 import pytest
+from openai import APIStatusError, AsyncOpenAI
 
 from model.text.chat_template import ChatTemplate
 from model.text.tokenizer import Tokenizer
@@ -192,6 +194,20 @@ async def test_a_deadline_that_has_passed_is_refused_before_the_engine_hears_of_
         assert refusal(await complete(client, headers, **body), 408)["code"] == "deadline_exceeded"
     fleet: Any = service.dispatcher._engines.handle
     assert fleet.replicas["a"].submitted == []
+
+
+async def test_openais_client_does_not_try_again_what_came_too_late(service: Service) -> None:
+    asked = []
+
+    async def note(request: httpx2.Request) -> None:
+        asked.append(request)
+
+    transport = httpx2.ASGITransport(create_api(service, Door()))
+    http = httpx2.AsyncClient(transport=transport, event_hooks={"request": [note]})
+    async with AsyncOpenAI(base_url="http://attendant/v1", api_key="none", http_client=http) as client:
+        with pytest.raises(APIStatusError, match="deadline") as refused:
+            await client.completions.create(model="tiny", prompt="x", extra_body={"deadline_ms": 0})
+    assert (refused.value.status_code, len(asked)) == (408, 1)
 
 
 async def test_of_two_deadlines_the_first_holds(service: Service) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from model.attention.weights import AttentionRequest
 from model.engine.forward import NativeForward
+from model.errors import Busy
 from model.sampling.params import GrammarSpec, SamplingParams
 from model.text.tokenizer import Tokenizer
 from service import replica as replica_module
@@ -302,6 +303,20 @@ async def test_a_grammar_that_cannot_be_compiled_is_refused_before_anything_star
     refused = await replica.submit("c", [constrained("a", GrammarSpec("json_schema", '{"not": {}}'))], RouteHint())
     assert isinstance(refused, Refused)
     assert (refused.kind, refused.param) == ("invalid", "response_format")
+    assert not replica._owners
+
+
+async def test_where_too_many_grammars_are_compiled_a_client_is_told_to_come_back(
+    replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(spec: GrammarSpec) -> None:
+        raise Busy("too many")
+
+    monkeypatch.setattr(replica._grammars, "_compile_one", busy)
+    refused = await replica.submit("c", [constrained("a", GrammarSpec("json_object"))], RouteHint())
+    assert isinstance(refused, Refused)
+    assert (refused.kind, refused.retry_after_s, refused.param) == ("overloaded", 1, None)
+    assert 'reason="grammars"} 1.0' in replica._metrics.expose()
     assert not replica._owners
 
 

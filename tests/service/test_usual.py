@@ -4,7 +4,7 @@ import pytest
 
 from model.engine.request import Request
 from model.sampling.params import SamplingParams
-from service.admission import Admission, Refusal
+from service.admission import Admission, Refusal, needed_tokens
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.strict import parse
 from service.call import Call
@@ -37,6 +37,11 @@ def places(max_tokens: int | None) -> tuple[int, Refusal]:
 def test_chats_without_a_limit_fill_all_places_of_the_default_queue() -> None:
     count, refusal = places(None)
     assert (count, refusal.reason) == (320, "requests")
+
+
+def test_a_newcomer_without_a_limit_needs_the_usual_length() -> None:
+    (work,) = _works([[5] * 100], CHAT, Call("x"), None, None, CONTEXT, 128)
+    assert (work.params.max_tokens, needed_tokens(work)) == (924, 228)
 
 
 def test_a_limit_that_was_set_is_believed() -> None:
