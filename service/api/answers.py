@@ -59,7 +59,7 @@ class CompletionChoice(BaseModel):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length", "deadline"]
+    finish_reason: Literal["stop", "length"]
 
 
 class CompletionAnswer(BaseModel):
@@ -123,7 +123,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AssistantAnswer
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls", "deadline"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatAnswer(BaseModel):

@@ -11,7 +11,7 @@ from model.text.tokenizer import Tokenizer
 from service.api import body as request_body
 from service.api.attention import attention_of
 from service.api.connection import while_connected
-from service.api.logprobs import CompletionLogprobs, prompt_logprobs
+from service.api.logprobs import LogprobsWriter, prompt_logprobs
 from service.api.schemas.completions import CompletionRequest
 from service.api.sse import ChunkWriter, EventStream, event
 from service.call import Call, call_of
@@ -96,7 +96,7 @@ class _Scribe:
         self._body = body
         self._echoes = echoes
         self._tokenizer = service.tokenizer
-        self._choices: dict[int, CompletionLogprobs] = {}
+        self._choices: dict[int, LogprobsWriter] = {}
 
     def write(self, deltas: list[Delta]) -> bytes:
         return b"".join(map(self._chunk, deltas))
@@ -141,10 +141,10 @@ async def _whole(
         completion.close()
 
 
-def _logprobs_behind(tokenizer: Tokenizer, echo: str, prompt: Sequence[Entry]) -> CompletionLogprobs:
+def _logprobs_behind(tokenizer: Tokenizer, echo: str, prompt: Sequence[Entry]) -> LogprobsWriter:
     """The writer for a choice that begins with `echo`.
 
     A tokenizer may put a space before a text that has none; then its tokens say more than the text does.
     """
     start = len(echo) - len(tokenizer.decode([token_id for token_id, _ in prompt])) if echo else 0
-    return CompletionLogprobs(tokenizer, start)
+    return LogprobsWriter(tokenizer, start)

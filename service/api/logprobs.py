@@ -13,7 +13,7 @@ from service.completion import Entry
 LEAST = -9999.0  # OpenAI's word for minus infinity, which JSON does not have
 
 
-class CompletionLogprobs:
+class LogprobsWriter:
     """The entries of one choice of a completion, written piece by piece.
 
     start: where the first token's text begins in the choice's text.

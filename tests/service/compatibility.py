@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import openai
+from openai.types import chat as messages
 from openai.types import completion_create_params as completions
 from openai.types.chat import completion_create_params as chat
 from openai.types.responses import response_create_params as responses
 
 from model.errors import InvalidRequest
-from service.api.schemas.chat import ChatRequest
+from service.api.schemas.chat import AssistantMessage, ChatRequest, Instruction, ToolMessage, UserMessage
 from service.api.schemas.completions import CompletionRequest
 from service.api.schemas.responses import ResponseRequest
-from service.api.schemas.strict import Body, parse
+from service.api.schemas.strict import Body, Strict, parse
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -35,6 +36,14 @@ class Endpoint(NamedTuple):
     schema: type[Body]
     fields: tuple[str, ...]
     required: dict[str, Any]
+
+
+class Message(NamedTuple):
+    """A kind of message of a chat: OpenAI's fields, and our schema."""
+
+    role: str
+    fields: tuple[str, ...]
+    schema: type[Strict]
 
 
 def fields_of(*variants: type) -> tuple[str, ...]:
@@ -64,6 +73,16 @@ ENDPOINTS = (
         fields_of(responses.ResponseCreateParamsNonStreaming, responses.ResponseCreateParamsStreaming),
         {"input": "x"},
     ),
+)
+
+
+MESSAGES = (
+    Message("system", fields_of(messages.ChatCompletionSystemMessageParam), Instruction),
+    Message("developer", fields_of(messages.ChatCompletionDeveloperMessageParam), Instruction),
+    Message("user", fields_of(messages.ChatCompletionUserMessageParam), UserMessage),
+    Message("assistant", fields_of(messages.ChatCompletionAssistantMessageParam), AssistantMessage),
+    Message("tool", fields_of(messages.ChatCompletionToolMessageParam), ToolMessage),
+    Message("function", fields_of(messages.ChatCompletionFunctionMessageParam), Strict),
 )
 
 
@@ -116,7 +135,26 @@ def write() -> str:
         if ours:
             lines += ["", "Beyond OpenAI's:", "", "| field | | seen by |", "|---|---|---|"]
             lines += [_row(endpoint, field, shown) for field in ours]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_messages()]) + "\n"
+
+
+def _messages() -> Iterator[str]:
+    yield from ("", "## `messages` of a chat", "")
+    yield "The same of each message, by its role. Of the parts of a `content`, text is the only kind that is taken."
+    yield "A `name` goes to the model's chat template, which does with it what it does."
+    columns = tuple(message.role for message in MESSAGES)
+    yield from ("", f"| field | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|")
+    for field in sorted({field for message in MESSAGES for field in message.fields}):
+        yield f"| `{field}` | {' | '.join(_taken(message, field) for message in MESSAGES)} |"
+
+
+def _taken(message: Message, field: str) -> str:
+    if field not in message.fields:
+        return ""
+    if field not in message.schema.model_fields:
+        return "refused"
+    is_null_alone = message.schema.model_fields[field].annotation in (None, type(None))
+    return "refused but for `null`" if is_null_alone else "honoured"
 
 
 def _row(endpoint: Endpoint, field: str, shown: dict[str, list[str]]) -> str:

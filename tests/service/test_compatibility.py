@@ -2,7 +2,10 @@
 
 import pytest
 
-from tests.service.compatibility import DOCUMENT, ENDPOINTS, Endpoint, names, proofs, refusal, write
+from model.errors import InvalidRequest
+from service.api.schemas.chat import ChatRequest
+from service.api.schemas.strict import parse
+from tests.service.compatibility import ASKING, DOCUMENT, ENDPOINTS, MESSAGES, Endpoint, names, proofs, refusal, write
 
 OPENAIS = [(endpoint, field) for endpoint in ENDPOINTS for field in endpoint.fields]
 HONOURED = [(endpoint, field) for endpoint in ENDPOINTS for field in sorted(names(endpoint.schema))]
@@ -34,6 +37,14 @@ def test_a_field_that_is_honoured_has_a_test_that_sees_its_effect(endpoint: Endp
 
 def test_every_mark_names_a_field_that_is_honoured() -> None:
     assert set(proofs()) <= {f"{endpoint.name}.{field}" for endpoint, field in HONOURED}
+
+
+@pytest.mark.parametrize(("role", "field"), [(m.role, field) for m in MESSAGES for field in m.fields])
+def test_a_field_of_openais_messages_is_taken_or_refused_by_name(role: str, field: str) -> None:
+    given = {"content": "x"} | ({"tool_call_id": "1"} if role == "tool" else {})
+    with pytest.raises(InvalidRequest) as refused:
+        parse(ChatRequest, {"messages": [{"role": role, **given, field: ASKING}]})
+    assert refused.value.param == f"messages[0].{'role' if role == 'function' else field}"
 
 
 def test_the_published_table_is_up_to_date() -> None:

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from model.errors import InvalidRequest
+from service.api import answers
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.completions import CompletionRequest
 from service.api.schemas.strict import parse
@@ -117,7 +118,9 @@ def test_a_wrong_value_is_refused_by_the_name_of_its_field(field: str, value: ob
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "robot", "content": "x"}], "messages[0].role"),
         ([{"role": "user", "content": 3}], "messages[0].content"),
-        ([{"role": "user", "content": "x", "name": "Bo"}], "messages[0].name"),
+        ([{"role": "user", "content": "x", "name": ""}], "messages[0].name"),
+        ([{"role": "user", "content": "x", "name": 3}], "messages[0].name"),
+        ([{"role": "tool", "content": "x", "tool_call_id": "1", "name": "Bo"}], "messages[0].name"),
         ([{"role": "user", "content": [{"type": "image_url", "text": "x"}]}], "messages[0].content[0].type"),
         ([{"content": "x"}], "messages[0].role"),
         ([{"role": "assistant"}], "messages"),
@@ -235,3 +238,25 @@ def test_text_parts_of_a_message_are_joined_for_the_template() -> None:
 
 def test_the_schema_of_a_body_is_plain_json() -> None:
     assert "prompt" in json.dumps(CompletionRequest.model_json_schema())
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
+def test_the_name_of_who_speaks_reaches_the_chat_template(role: str) -> None:
+    chat = {"messages": [{"role": role, "content": "x", "name": "Bo"}, {"role": "user", "content": "y"}]}
+    named, nameless = (message.for_template() for message in parse(ChatRequest, chat).messages)
+    assert named["name"] == "Bo"
+    assert "name" not in nameless, "templates ask whether there is one"
+
+
+@pytest.mark.parametrize("arguments", ["", " ", "{}"])
+def test_a_call_of_a_function_without_parameters_may_have_no_arguments(arguments: str) -> None:
+    """Clients send back what they got, and of such a function some give an empty text."""
+    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": arguments}}
+    (message,) = parse(ChatRequest, {"messages": [{"role": "assistant", "tool_calls": [call]}]}).messages
+    assert message.for_template()["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}
+
+
+@pytest.mark.parametrize("choice", [answers.CompletionChoice, answers.ChatChoice])
+def test_the_document_offers_no_reason_that_never_comes(choice: type) -> None:
+    """A deadline ends an answer with an error."""
+    assert "deadline" not in choice.model_json_schema()["properties"]["finish_reason"]["enum"]

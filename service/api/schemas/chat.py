@@ -14,6 +14,7 @@ MAX_TOOLS = 128
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 CallId = Annotated[str, Field(min_length=1, max_length=256)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class TextPart(Strict):
@@ -35,7 +36,18 @@ def plain(content: Content | None) -> str:
     return content or ""
 
 
-class Instruction(Strict):
+class Spoken(Strict):
+    """A message of somebody who may have a name. What that changes is up to the model's chat template."""
+
+    name: Name | None = None
+
+    def written(self, role: str, content: Content | None) -> dict[str, Any]:
+        """The plain form that a chat template reads."""
+        message = {"role": role, "content": plain(content)}
+        return message if self.name is None else message | {"name": self.name}
+
+
+class Instruction(Spoken):
     """What holds for the whole chat. `developer` is OpenAI's newer word for `system` and means the same."""
 
     role: Literal["system", "developer"]
@@ -43,10 +55,10 @@ class Instruction(Strict):
 
     def for_template(self) -> dict[str, Any]:
         """The plain form that a chat template reads."""
-        return {"role": "system", "content": plain(self.content)}
+        return self.written("system", self.content)
 
 
-class UserMessage(Strict):
+class UserMessage(Spoken):
     """What the user says."""
 
     role: Literal["user"]
@@ -54,14 +66,20 @@ class UserMessage(Strict):
 
     def for_template(self) -> dict[str, Any]:
         """The plain form that a chat template reads."""
-        return {"role": "user", "content": plain(self.content)}
+        return self.written("user", self.content)
 
 
 class CalledFunction(Strict):
-    """A function's name, and its arguments as JSON text."""
+    """A function's name, and its arguments as JSON text. No text is no arguments: clients send that for a function
+    without parameters.
+    """
 
     name: FunctionName
     arguments: str
+
+    def parsed(self) -> Any:
+        """The arguments. Raises `ValueError` for what is no JSON."""
+        return from_json(self.arguments, allow_inf_nan=False) if self.arguments.strip() else {}
 
 
 class ToolCall(Strict):
@@ -74,7 +92,7 @@ class ToolCall(Strict):
     @model_validator(mode="after")
     def _arguments_are_an_object(self) -> Self:
         try:
-            arguments = from_json(self.function.arguments, allow_inf_nan=False)
+            arguments = self.function.parsed()
         except ValueError:
             arguments = None
         if not isinstance(arguments, dict):
@@ -83,11 +101,11 @@ class ToolCall(Strict):
 
     def for_template(self) -> dict[str, Any]:
         """The plain form that a chat template reads: with arguments as an object."""
-        function = {"name": self.function.name, "arguments": from_json(self.function.arguments)}
+        function = {"name": self.function.name, "arguments": self.function.parsed()}
         return {"id": self.id, "type": "function", "function": function}
 
 
-class AssistantMessage(Strict):
+class AssistantMessage(Spoken):
     """What the assistant said or called. Clients send its answers back whole, with what was empty in them."""
 
     role: Literal["assistant"]
@@ -106,7 +124,7 @@ class AssistantMessage(Strict):
 
     def for_template(self) -> dict[str, Any]:
         """The plain form that a chat template reads."""
-        message: dict[str, Any] = {"role": "assistant", "content": plain(self.content)}
+        message = self.written("assistant", self.content)
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return message
