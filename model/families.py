@@ -79,6 +79,16 @@ def _projections(layer: str, ending: str) -> dict[str, tuple[str, ...]]:
     }
 
 
+def _experts(block: str, gate: str, up: str, down: str) -> dict[str, tuple[str, ...]]:
+    """A layer's router and the linear maps of its experts, which a family calls so."""
+    expert = f"{block}.experts.{{e}}"
+    return {
+        "layers.{i}.mlp.router": (f"{block}.gate.weight",),
+        "layers.{i}.mlp.experts.{e}.gate_up.weight": (f"{expert}.{gate}.weight", f"{expert}.{up}.weight"),
+        "layers.{i}.mlp.experts.{e}.down.weight": (f"{expert}.{down}.weight",),
+    }
+
+
 _LAYER = "model.layers.{i}"
 
 LLAMA = Family(
@@ -225,12 +235,7 @@ _PHI3 = LLAMA.relative(
         "layers.{i}.mlp.gate_up.weight": (f"{_LAYER}.mlp.gate_up_proj.weight",),
     },
     # The last three are written by Phi-4-mini and read by nothing; at these values nothing is what they stand for.
-    only={
-        "attention_bias": (False,),
-        "full_attn_mod": (1,),
-        "interpolate_factor": (1,),
-        "lm_head_bias": (False,),
-    },
+    only={"attention_bias": (False,), "full_attn_mod": (1,), "interpolate_factor": (1,), "lm_head_bias": (False,)},
 )
 
 _BLOCK = "transformer.h.{i}"
@@ -329,14 +334,7 @@ _MIXTRAL = _MISTRAL.relative(
         "num_experts_per_token": ("num_experts_per_tok", 2),
         "expert_intermediate_size": "intermediate_size",
     },
-    tensors={
-        "layers.{i}.mlp.router": (f"{_LAYER}.block_sparse_moe.gate.weight",),
-        "layers.{i}.mlp.experts.{e}.gate_up.weight": (
-            f"{_LAYER}.block_sparse_moe.experts.{{e}}.w1.weight",
-            f"{_LAYER}.block_sparse_moe.experts.{{e}}.w3.weight",
-        ),
-        "layers.{i}.mlp.experts.{e}.down.weight": (f"{_LAYER}.block_sparse_moe.experts.{{e}}.w2.weight",),
-    },
+    tensors=_experts(f"{_LAYER}.block_sparse_moe", "w1", "w3", "w2"),
 )
 
 _QWEN3_MOE = LLAMA.relative(
@@ -353,14 +351,7 @@ _QWEN3_MOE = LLAMA.relative(
         "dense_layers": Derived(read.EXPERT_FIELDS, read.dense_layers),
     },
     fixed={"qk_norm": "head"},
-    tensors={
-        "layers.{i}.mlp.router": (f"{_LAYER}.mlp.gate.weight",),
-        "layers.{i}.mlp.experts.{e}.gate_up.weight": (
-            f"{_LAYER}.mlp.experts.{{e}}.gate_proj.weight",
-            f"{_LAYER}.mlp.experts.{{e}}.up_proj.weight",
-        ),
-        "layers.{i}.mlp.experts.{e}.down.weight": (f"{_LAYER}.mlp.experts.{{e}}.down_proj.weight",),
-    },
+    tensors=_experts(f"{_LAYER}.mlp", "gate_proj", "up_proj", "down_proj"),
 )
 
 # What no published family can say: the other score functions, sinks, any mixture of our own options.
