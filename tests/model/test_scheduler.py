@@ -174,7 +174,7 @@ def test_a_request_that_has_ended_is_not_kept_until_its_deadline():
     scheduler.abort("withdrawn")
     step(scheduler)
     scheduler.take_departed()
-    assert [kept.request_id for kept in gc.get_objects() if isinstance(kept, Request) and kept.deadline == 1e9] == []
+    assert [kept.request_id for kept in gc.get_objects() if type(kept) is Request and kept.deadline == 1e9] == []
 
 
 def test_a_deadline_ends_nobody_who_has_the_same_id_later():
