@@ -21,7 +21,6 @@ from service.channel import (
     Accepted,
     Details,
     EngineInfo,
-    Occupancy,
     Outbox,
     Output,
     Refused,
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0  # for the step in progress, when the replica ends: a stuck one never does
-BUSY_S = 1  # until grammars may be compiled again
 MAX_TIMINGS = 1024  # of calls that have not come for their receipts
 
 
@@ -138,16 +136,20 @@ class EngineReplica:
         timing = Timing()
         unfinished = [owner.request for owner in self._owners.values()]
         occupancy = self._admission.occupancy(unfinished, len(self._grammars.waiting))
-        if refusal := self._admission.refusal(occupancy, unfinished, submissions):
-            return self._refused(refusal, occupancy, submissions)
+        refusal = self._admission.refusal(occupancy, unfinished, submissions)
         try:
-            submissions, grammars = await self._grammars.compile(submissions)
+            if refusal is None:
+                submissions, grammars = await self._grammars.compile(submissions)
         except InvalidRequest as error:
             return Refused(self._replica_id, "invalid", str(error), param=error.param)
         except Busy as error:
-            return self._refused(Refusal("grammars", str(error), BUSY_S), occupancy, submissions)
+            refusal = Refusal("grammars", str(error), retry_after_s=1)
+        if refusal is not None:
+            self._metrics.refused(refusal.reason)
+            logger.info("refused: %s", refusal.reason, extra=fields(request_id=submissions[0].trail.request_id))
+            return Refused(self._replica_id, "overloaded", refusal.message, None, refusal.retry_after_s, occupancy)
         outbox = self._outbox(channel_id)
-        started: dict[str, Request] = {}
+        begun: dict[str, Request] = {}
         leaders: dict[tuple[int, ...], Request] = {}  # of several choices, the first computes the prompt for all
         for submission in submissions:
             prompt, spec = tuple(submission.work.prompt_ids), submission.work.grammar
@@ -155,16 +157,15 @@ class EngineReplica:
             try:
                 request = self._start(submission, outbox, leaders.get(prompt), grammar, timing)
             except InvalidRequest as error:
-                self._stop(list(started), "invalid")
+                self._stop(list(begun), "invalid")
                 return Refused(self._replica_id, "invalid", str(error), param=error.param)
-            started[submission.request_id] = request
+            begun[submission.request_id] = request
             leaders.setdefault(prompt, request)
-        if started and submissions[0].timed:
+        if begun and submissions[0].timed:
             self._timings[submissions[0].request_id] = timing
             if len(self._timings) > MAX_TIMINGS:
                 del self._timings[next(iter(self._timings))]
-        taken = Share(len(started), backlog(started.values()))
-        return Accepted(self._replica_id, outbox.session, occupancy.plus(taken))
+        return Accepted(self._replica_id, outbox.session, occupancy.plus(Share(len(begun), backlog(begun.values()))))
 
     async def abort(self, request_ids: list[str], pin: str | None = None) -> None:
         """Forget these requests and free their blocks; ids that are unknown or finished are fine."""
@@ -248,12 +249,6 @@ class EngineReplica:
         if self._loop.is_alive:
             return "the engine thread is stuck in a step"
         return f"the engine thread is dead: {self._loop.failure!r}"
-
-    def _refused(self, refusal: Refusal, occupancy: Occupancy, submissions: Sequence[Submission]) -> Refused:
-        """Not now, counted and told in the log."""
-        self._metrics.refused(refusal.reason)
-        logger.info("refused: %s", refusal.reason, extra=fields(request_id=submissions[0].trail.request_id))
-        return Refused(self._replica_id, "overloaded", refusal.message, None, refusal.retry_after_s, occupancy)
 
     def _start(
         self,
