@@ -19,7 +19,7 @@ from service.door import Door
 from service.limits import Limits
 from tests.conftest import STORYTELLER
 from tests.faults.sabotage import sabotaged
-from tests.service.conftest import Running, start, stop
+from tests.service.conftest import Running, command_of, start, stop
 from tests.service.fakes import FakeFleet
 from tests.service.test_gate import service_with
 
@@ -109,7 +109,7 @@ class Guarded:
     def memory(self) -> int:
         """Bytes of the processes that a client's bytes pass through."""
         names = ("haproxy", ":Ingress", "ray::ProxyActor")
-        found = [child for child in self.running.children() if any(name in " ".join(child.cmdline()) for name in names)]
+        found = [child for child in self.running.children() if any(name in command_of(child) for name in names)]
         assert len(found) >= 2
         return sum(process.memory_info().rss for process in found)
 
@@ -149,7 +149,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def ours(running: Running) -> list[psutil.Process]:
     """The processes that a request passes through."""
     names = ("haproxy", ":Ingress", ":Engine")
-    found = [child for child in running.children() if any(name in " ".join(child.cmdline()) for name in names)]
+    found = [child for child in running.children() if any(name in command_of(child) for name in names)]
     assert len(found) >= 3
     return found
 

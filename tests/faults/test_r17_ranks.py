@@ -20,7 +20,7 @@ from model.text.detokenize import Detokenizer
 from model.text.tokenizer import Tokenizer
 from tests.faults.conftest import scaled
 from tests.faults.survivors import PROMPT, Told, pause_at, same, tell_all, until, until_engines
-from tests.service.conftest import Running, start, stop
+from tests.service.conftest import Running, command_of, start, stop
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
@@ -53,7 +53,7 @@ def undisturbed(tiny_model: Path) -> list[Told]:
 
 def ranks(running: Running) -> list[psutil.Process]:
     """The processes that follow."""
-    return [child for child in running.children() if "ray::Rank" in " ".join(child.cmdline())]
+    return [child for child in running.children() if "ray::Rank" in command_of(child)]
 
 
 def rank_of(running: Running, engine: psutil.Process) -> psutil.Process:

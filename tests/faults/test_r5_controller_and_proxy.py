@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from tests.faults.conftest import scaled
-from tests.faults.survivors import same, tell_all
-from tests.service.conftest import Running
+from tests.faults.survivors import same, tell_all, until
+from tests.service.conftest import Running, command_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
@@ -23,12 +23,13 @@ PROXY_BACK_S = 10
 
 
 def processes(running: Running, *names: str) -> list:
-    return [child for child in running.children() if any(name in " ".join(child.cmdline()) for name in names)]
+    return [child for child in running.children() if any(name in command_of(child) for name in names)]
 
 
 async def test_nothing_fails_when_the_controller_dies(fleet: Running) -> None:
     undisturbed = await tell_all(fleet, 8, TOKENS)
     for _ in range(scaled(1, 5)):
+        await until(lambda: processes(fleet, "ServeController"), 60)  # the one before it may be away yet
 
         async def kill() -> None:
             (controller,) = processes(fleet, "ServeController")
