@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from service.completion import Service
-from service.dispatch import Dispatcher
 from service.door import Door
 from service.limits import Limits
 from tests.service.fakes import FakeFleet
@@ -21,10 +20,7 @@ def fleet() -> FakeFleet:
 
 @pytest.fixture
 def service(tiny_model: Path, fleet: FakeFleet) -> Service:
-    """Over an engine that says what the test has it say."""
-    base = service_with(tiny_model, Limits())
-    dispatcher = Dispatcher(fleet, base.metrics)  # type: ignore[arg-type]
-    return Service("tiny", 0, base.tokenizer, base.chat_template, dispatcher, base.metrics, base.limits)
+    return service_with(tiny_model, Limits(), fleet)
 
 
 async def test_what_is_open_is_finished_and_what_is_new_is_sent_away(service: Service, fleet: FakeFleet) -> None:

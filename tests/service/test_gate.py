@@ -23,12 +23,14 @@ from service.door import Door
 from service.errors import Overloaded
 from service.limits import Limits
 from service.metrics import IngressMetrics
+from tests.service.fakes import FakeFleet
 from tests.service.test_api import Storyteller, events, refusal
 
 
-def service_with(model: Path, limits: Limits) -> Service:
+def service_with(model: Path, limits: Limits, fleet: FakeFleet | None = None) -> Service:
+    """Over engines that say what the test has them say; without any, over one that tells a story."""
     tokenizer, metrics = Tokenizer.from_directory(model), IngressMetrics("tiny")
-    dispatcher = Dispatcher(Storyteller(tokenizer), metrics)  # type: ignore[arg-type]
+    dispatcher = Dispatcher(fleet or Storyteller(tokenizer), metrics)  # type: ignore[arg-type]
     return Service("tiny", 0, tokenizer, ChatTemplate.from_directory(model), dispatcher, metrics, limits)
 
 

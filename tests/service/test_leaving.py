@@ -19,7 +19,6 @@ from service.api.routes import create_api
 from service.api.sse import EventStream
 from service.channel import Refused
 from service.completion import Service
-from service.dispatch import Dispatcher
 from service.door import Door
 from service.limits import Limits
 from service.metrics import IngressMetrics
@@ -46,10 +45,7 @@ def fleet() -> FakeFleet:
 
 @pytest.fixture
 def service(tiny_model: Path, fleet: FakeFleet) -> Service:
-    """Over an engine that says what the test has it say."""
-    base = service_with(tiny_model, Limits())
-    dispatcher = Dispatcher(fleet, base.metrics)  # type: ignore[arg-type]
-    return Service("tiny", 0, base.tokenizer, base.chat_template, dispatcher, base.metrics, base.limits)
+    return service_with(tiny_model, Limits(), fleet)
 
 
 class Client:
