@@ -5,8 +5,10 @@ Serve reads its switches from the environment when it is imported, in every proc
 """
 
 import math
+import random
 import socket
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +17,9 @@ from service.limits import Limits
 DataPlane = Literal["haproxy", "default"]
 
 HAPROXY = Path(sysconfig.get_path("scripts")) / "attendant-haproxy"  # installed from the script beside this file
+# Above the ports of Ray's workers; below those of Serve's replicas and those that Linux gives to connections: of the
+# latter one is easily taken in the seconds until Serve listens.
+PORTS = range(20_000, 30_000)
 RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray's workers are nice (15) to whatever else runs. Ours are what the machine is there for, and their clients wait:
@@ -81,8 +86,12 @@ def environment(
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nothing listens on now, and that the system gives to no connection before we listen.
+
+    Raises OSError where none is found.
+    """
+    for port in random.sample(PORTS, k=100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"none of a hundred ports from {PORTS.start} to {PORTS.stop - 1} is free")

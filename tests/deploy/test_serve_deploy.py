@@ -19,10 +19,9 @@ import pytest
 import yaml
 
 from service import keys
-from service.data_plane import environment
+from service.data_plane import environment, free_port
 from tests.deploy.dockerfile import DOCKERFILE, healthcheck, stages
 from tests.deploy.manifests import DEPLOY, put
-from tests.service.conftest import free_port
 
 pytestmark = pytest.mark.slow
 

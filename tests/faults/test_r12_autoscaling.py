@@ -18,8 +18,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.data_plane import free_port
 from tests.faults.conftest import scaled
-from tests.service.conftest import Running, free_port, stop
+from tests.service.conftest import Running, stop
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 

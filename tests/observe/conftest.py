@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service.conftest import Running, free_port, start, stop
+from service.data_plane import free_port
+from tests.service.conftest import Running, start, stop
 
 DEPLOYED = Path(__file__).parent.parent.parent / "deploy"
 

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.data_plane import free_port
 from tests.conftest import STORYTELLER
-from tests.service.conftest import Running, free_port, stop
+from tests.service.conftest import Running, stop
 
 ROOT = Path(__file__).parent.parent.parent
 ROUTERS = {

@@ -1,7 +1,6 @@
 """What it takes to start a service, and to run one in this process; `served.py` has what a session shares."""
 
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from model.text.tokenizer import Tokenizer
 from service import replica as replica_module
 from service.api.routes import create_api
 from service.completion import Service
+from service.data_plane import free_port
 from service.dispatch import Dispatcher
 from service.door import Door
 from service.limits import Limits
@@ -71,12 +71,6 @@ def write_model(directory: Path) -> Path:
         eos_token_id=1,
     )
     return directory
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass

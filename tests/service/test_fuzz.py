@@ -33,12 +33,13 @@ from service import replica as replica_module
 from service.api.document import OPERATIONS
 from service.api.routes import create_api
 from service.completion import Service
+from service.data_plane import free_port
 from service.dispatch import Dispatcher
 from service.door import Door
 from service.limits import Limits
 from service.metrics import IngressMetrics
 from service.replica import EngineReplica, Queue
-from tests.service.conftest import ENGINE_OPTIONS, free_port
+from tests.service.conftest import ENGINE_OPTIONS
 from tests.service.fakes import LocalFleet
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]

@@ -17,8 +17,7 @@ from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig,
 from ray.serve.config import HTTPOptions
 
 from service import data_plane
-from service.data_plane import HAPROXY, cluster_environment, environment
-from tests.service.conftest import free_port
+from service.data_plane import HAPROXY, cluster_environment, environment, free_port
 
 pytestmark = pytest.mark.fast
 
@@ -64,6 +63,20 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def lines_with(file: Path, word: str) -> list[str]:
     return [line.strip() for line in file.read_text().splitlines() if line.split()[:1] == [word]]
+
+
+def test_a_port_of_ours_is_none_that_the_system_gives_to_connections(monkeypatch: pytest.MonkeyPatch):
+    lowest, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert all(port < lowest for port in data_plane.PORTS)
+    assert free_port() in data_plane.PORTS
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", free_port()))
+        taken, free = listening.getsockname()[1], free_port()
+        monkeypatch.setattr("random.sample", lambda ports, k: [taken, free])
+        assert free_port() == free
+        monkeypatch.setattr("random.sample", lambda ports, k: [taken])
+        with pytest.raises(OSError, match="is free"):
+            free_port()
 
 
 def test_the_installed_command_is_the_one_beside_the_code():
