@@ -61,7 +61,7 @@ async def play(url: str, model: str, load: Load, seed: int) -> Outcome:
     """One round. Raises `StreamError` where a request does not end well: such a round says nothing."""
 
     async def client(number: int) -> list[Completion]:
-        rng = random.Random(f"{seed}/{number}")
+        rng = random.Random(f"{seed}/{load.clients}/{number}")  # no prompt of another load: it would be cached
         seen = []
         for _ in range(load.requests):
             prompt = [rng.randrange(256, load.vocab_size) for _ in range(load.prompt)]

@@ -18,8 +18,10 @@ class Ask:
     seed: int
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
-        """The prompts, the same for every engine; another seed gives others, so no cache can know them."""
-        rng = random.Random(self.seed)
+        """The prompts, the same for every engine. Another seed, batch or length gives others, of which none begins as
+        one of these does: no prefix cache can know them.
+        """
+        rng = random.Random(f"{self.seed} {self.batch} {self.prompt_tokens}")
         return [[rng.randrange(vocab_size) for _ in range(self.prompt_tokens)] for _ in range(self.batch)]
 
 

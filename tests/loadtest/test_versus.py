@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,14 @@ async def test_the_same_seed_asks_the_same():
         async with server(chunked(TEXT, END), lambda body, to=bodies: to.append(body["prompt"])) as url:  # type: ignore[misc]
             await versus.play(url, "m", LOAD, seed=7)
     assert sorted(map(str, asked[0])) == sorted(map(str, asked[1]))
+
+
+async def test_another_number_of_clients_asks_nothing_that_a_cache_may_know():
+    asked: list[object] = []
+    async with server(chunked(TEXT, END), lambda body: asked.append(body["prompt"])) as url:
+        for clients in (1, 3):
+            await versus.play(url, "m", replace(LOAD, clients=clients), seed=7)
+    assert len(asked) == len(set(map(str, asked))) == 2 * (1 + 3)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,13 @@ def test_every_engine_is_asked_the_same_and_each_seed_something_else():
     assert [len(prompt) for prompt in ask.prompts(100)] == [5, 5]
 
 
+def test_no_round_finds_a_prompt_of_an_earlier_one_in_the_prefix_cache(tiny: Path):
+    engine = Engine.from_checkpoint(tiny, EngineConfig(dtype="fp32", kv_cache_tokens=1024))
+    for ask in (Ask(1, 33, 1, 1), Ask(2, 33, 1, 1), Ask(2, 33, 1, 2), Ask(2, 49, 1, 1)):
+        measure_round(engine, ask)
+    assert engine.scheduler.prefix.hit_tokens == 0
+
+
 @pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2), ("int8", 1)])
 def test_a_decode_step_reads_every_weight_once_and_the_cache_of_every_request(dtype: str, size: int):
     alone = roofline.decode_work(SMOLLM2, dtype, batch=1, context=0)
