@@ -15,6 +15,7 @@ from service.completion import Service
 from service.dispatch import Dispatcher
 from service.door import Door
 from service.exposition import Exposition, Replicas, View, Watching, export
+from service.garbage import set_aside
 from service.logs import install
 from service.metrics import IngressMetrics
 
@@ -72,4 +73,6 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this once the constructor is through."""
-        return create_api(self._service, self._door, self._tracer)
+        api = create_api(self._service, self._door, self._tracer)
+        set_aside()
+        return api

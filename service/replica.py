@@ -28,6 +28,7 @@ from service.channel import (
     Submission,
 )
 from service.exposition import Exposition, export
+from service.garbage import set_aside
 from service.grammars import Grammars
 from service.logs import fields, install
 from service.metrics import EngineMetrics, facts
@@ -98,6 +99,7 @@ class EngineReplica:
         if telemetry is not None:  # this process is ours alone
             install(telemetry, f"engine/{self._replica_id}", quotes_errors=True)  # it knows no text
             self._tracer = telemetry.tracer(self._replica_id)
+            set_aside()
         self._idle_channel_s = idle_channel_s
         self._outboxes: dict[str, Outbox] = {}  # the newest session of each channel
         self._num_sessions = 0

@@ -1,6 +1,7 @@
 """Faults come in two sizes: a quick one inside `make test`, and the whole of it by `make faults`."""
 
 import asyncio
+import gc
 import os
 import re
 import time
@@ -16,6 +17,7 @@ import pytest
 from service import keys
 from service.api.routes import create_api
 from service.door import Door
+from service.garbage import set_aside
 from service.limits import Limits
 from tests.conftest import STORYTELLER
 from tests.faults.sabotage import sabotaged
@@ -183,6 +185,14 @@ def guarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     assert stop(running) == 0
 
 
+@pytest.fixture(scope="module")
+def little_garbage() -> Iterator[None]:
+    """As in the service's own processes: what the tests before have loaded and left is not gone through meanwhile."""
+    set_aside()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
-def in_process(tiny_model: Path) -> Callable[..., InProcess]:
+def in_process(tiny_model: Path, little_garbage: None) -> Callable[..., InProcess]:
     return lambda **limits: InProcess(tiny_model, Limits(**limits))
