@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from service import keys
 from service.api.routes import create_api
@@ -125,6 +126,7 @@ class Guarded:
 
 # A service that is soon full: what one test needs many requests for, a few do here.
 MAX_RUNNING, MAX_WAITING = 8, 24
+MAX_UNREAD, MAX_ATTENTION = 256, 2048
 BUSY = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio")
 
 
@@ -134,6 +136,7 @@ def small(served_model: Path) -> Iterator[Running]:
         served_model,
         *("--max-num-seqs", str(MAX_RUNNING), "--max-waiting", str(MAX_WAITING), "--kv-cache-tokens", "16384"),
         *("--max-backlog-tokens", "100000"),
+        *("--limit", f"max_unread_tokens={MAX_UNREAD}", "--limit", f"max_attention_weights={MAX_ATTENTION}"),
     )
     yield running
     assert stop(running) == 0
@@ -161,12 +164,28 @@ def resident(running: Running) -> int:
     return sum(process.memory_info().rss for process in ours(running))
 
 
+def standing(running: Running) -> dict[str, dict[str, float]]:
+    """By engine, what it has to do and what of its cache is held."""
+    engines: dict[str, dict[str, float]] = {}
+    for family in text_string_to_metric_families(httpx.get(f"{running.url}/metrics", timeout=10).text):
+        for sample in family.samples:
+            name = sample.name.removeprefix("attendant_")
+            if name in BUSY:
+                engines.setdefault(sample.labels["replica"], {})[name] = sample.value
+    return engines
+
+
 async def settled(running: Running, seconds: float) -> float:
-    """Wait until no request is left and every block is free; how long it took. Fails after `seconds`."""
+    """Wait until no request is left and every block is free; how long it took. Fails after `seconds`, or where Serve
+    has replaced an engine meanwhile: one that finds a block lost, when it is idle, ends itself, and a new one has lost
+    none.
+    """
     began = time.perf_counter()
+    engines = (await asyncio.to_thread(standing, running)).keys()
     while True:
-        metrics = await asyncio.to_thread(running.metrics)
-        left = {name: metrics[f"attendant_{name}"] for name in BUSY if metrics[f"attendant_{name}"]}
+        now = await asyncio.to_thread(standing, running)
+        assert now.keys() >= engines, f"of the engines {set(engines)} some have gone: {set(now)}"
+        left = [held for held in now.values() if any(held.values())]
         if not left:
             return time.perf_counter() - began
         assert time.perf_counter() - began < seconds, f"after {seconds} s there is still {left}"

@@ -18,14 +18,15 @@ TOKENS = 900
 
 
 def ask(url: str, request: dict[str, object]) -> socket.socket:
-    """A client that has asked, and has not looked at what comes."""
+    """A client that has asked, and has not looked at what comes. The connection is for one answer."""
     address = urlsplit(url)
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
     connection.connect((address.hostname or "", address.port or 0))
     content = json.dumps(request).encode()
     head = (
-        f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(content)}"
     )
     connection.sendall(head.encode() + b"\r\n\r\n" + content)
     return connection

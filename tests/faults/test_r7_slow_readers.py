@@ -1,17 +1,19 @@
 """R7: clients that do not take their tokens. Their neighbours do not notice."""
 
 import asyncio
+import socket
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 
 import httpx
 import pytest
 
-from tests.faults.conftest import FULL, scaled, settled
+from tests.faults.conftest import FULL, MAX_ATTENTION, scaled, settled
+from tests.faults.readers import ask
 from tests.faults.streams import Story, body, read
 from tests.service.conftest import Running
 
@@ -19,6 +21,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 NORMAL, OTHERS = 8, 32
 REQUESTS, TOKENS = 5, 40  # of each normal client, one after the other: one moment would say little
+# Clients that never read. A token of theirs is some 20 kB: less would fit into the buffers of HAProxy and the system.
+STUCK, STUCK_TOKENS = scaled(2, 4), 900
+HEAVY = {"layers": [0, 1, 2, 3], "heads": [0, 1, 2, 3], "top_k": MAX_ATTENTION // 16}
+PAUSE_S = 5
 
 
 @contextmanager
@@ -41,21 +47,22 @@ def pace(stories: list[Story]) -> tuple[float, float]:
     return statistics.median(first), statistics.mean(between)
 
 
-async def ask_again_and_again(client: httpx.AsyncClient, model: str, number: int) -> list[Story]:
+async def ask_again_and_again(client: httpx.AsyncClient, model: str, number: int, tokens: int) -> list[Story]:
     """One normal client."""
-    return [await read(client, body(model, 100 * number + turn, TOKENS)) for turn in range(REQUESTS)]
+    return [await read(client, body(model, 100 * number + turn, tokens)) for turn in range(REQUESTS)]
 
 
 async def test_slow_readers_do_not_slow_the_others(service: Running) -> None:
-    """Measured against as many readers who take all at once: the engine computes for both alike. Where one stream's
-    full buffer holds up the channel that all share, everybody waits for the slowest.
+    """Measured against as many readers who take all at once: the engine computes for both alike. What these do not take
+    fits into the buffers of HAProxy and the system; who asks for more is below.
     """
 
     async def beside(kind: str) -> tuple[float, float]:
         with readers(service, kind):
             async with httpx.AsyncClient(base_url=service.url, timeout=120) as client:
                 await asyncio.to_thread(service.wait_for, "attendant_num_requests_running", OTHERS)
-                told = await asyncio.gather(*(ask_again_and_again(client, service.model, n) for n in range(NORMAL)))
+                asking = (ask_again_and_again(client, service.model, n, TOKENS) for n in range(NORMAL))
+                told = await asyncio.gather(*asking)
         await settled(service, 20)
         stories = [story for stories in told for story in stories]
         assert [story for story in stories if not story.is_whole] == []
@@ -76,3 +83,40 @@ async def test_slow_readers_do_not_slow_the_others(service: Running) -> None:
     if FULL:
         assert slow_ttft <= 1.1 * ttft
         assert slow_tpot <= 1.1 * tpot
+
+
+async def test_who_never_reads_is_cut_at_a_bound_and_nobody_waits_for_it(small: Running) -> None:
+    """Where a full buffer holds up the channel that all share, the others stand still. Where there is no bound, the
+    stream is kept whole for somebody who does not take it, and ends as any other.
+    """
+    stuck = [ask(small.url, body(small.model, n, STUCK_TOKENS, attention=HEAVY)) for n in range(STUCK)]
+    try:
+        async with httpx.AsyncClient(base_url=small.url, timeout=60) as client:
+            await asyncio.to_thread(small.wait_for, "attendant_num_requests_running", STUCK)
+            each = STUCK_TOKENS // REQUESTS  # so that they are there for as long
+            asking = (ask_again_and_again(client, small.model, n, each) for n in range(NORMAL // 2))
+            told = await asyncio.gather(*asking)
+        await settled(small, 120)
+        heard = [await asyncio.to_thread(all_of, connection) for connection in stuck]
+    finally:
+        for connection in stuck:
+            connection.close()
+    stories = [story for stories in told for story in stories]
+    pause = max(later - earlier for story in stories for earlier, later in pairwise([story.asked_at, *story.arrivals]))
+    sizes = ", ".join(f"{len(content) / 1e6:.1f}" for content in heard)
+    print(f"pause of the others {pause:.2f} s; who never read was cut behind {sizes} MB")
+    assert [story for story in stories if not story.is_whole] == []
+    assert pause < PAUSE_S
+    assert all(content.startswith(b"HTTP/1.1 200") for content in heard)
+    assert not any(b"[DONE]" in content for content in heard), "a stream that nobody took came to its end"
+
+
+def all_of(connection: socket.socket) -> bytes:
+    """What has been sent to it, until it is closed."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    connection.settimeout(30)
+    content = bytearray()
+    with suppress(ConnectionResetError):
+        while piece := connection.recv(1 << 20):
+            content += piece
+    return bytes(content)
