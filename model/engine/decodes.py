@@ -1,9 +1,9 @@
 """Steps of decodes alone, staged where the graphs read: three numbers a sequence, and the rest only when others decode.
 
 What the graphs read lies in one buffer on the device, in the order in which it changes: a step's own numbers first,
-then what stays as long as the same sequences decode, what each asks of sampling and its block table. A step copies the
-first part, or all of it, in one go; what follows from the numbers is made on the device, by the graph itself, which
-also keeps the tables: it writes the block that a token goes to.
+then what each sequence asks of sampling, which stays as long as the same ones decode. A step copies the first part, or
+all of it, in one go; what follows from the numbers is made on the device, by the graph itself. It also keeps the block
+tables, which lie apart and come once for a company: it writes the block that a token goes to.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ class Inputs:
     """Where the graphs read. All of the largest bucket's size; a graph reads the first rows, those that pad it too.
 
     host: what `packed` gets, laid out on the host. There it is numbers: [3, rows] int32, see `place_decodes`; sampling:
-    [rows] each, what the sampling kernel takes between logits and positions; tables: [rows, max_blocks] int32.
+    [rows] each, what the sampling kernel takes between logits and positions. tables: [rows, max_blocks] int32.
     placed: what the graph makes of the numbers: token ids, positions, slots: [rows]; lengths: [rows] int32.
     """
 
@@ -36,9 +36,10 @@ class Inputs:
         numbers = np.zeros((3, rows), dtype=np.int32)
         numbers[1] = PADDING
         dtypes = (np.float32, np.int64, np.float32, np.float32, np.int64)
-        self.host = [numbers, *(np.zeros(rows, dtype) for dtype in dtypes), np.zeros((rows, max_blocks), np.int32)]
+        self.host = [numbers, *(np.zeros(rows, dtype) for dtype in dtypes)]
         self.packed = torch.zeros(packed_bytes(self.host), dtype=torch.uint8, device=device)
-        self.numbers, *self.sampling, self.tables = unpacked(self.packed, self.host)
+        self.numbers, *self.sampling = unpacked(self.packed, self.host)
+        self.tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=device)
         self.numbers[1].fill_(PADDING)
         placed = (torch.int64, torch.int64, torch.int64, torch.int32)
         self.placed = [torch.zeros(rows, dtype=dtype, device=device) for dtype in placed]
@@ -115,8 +116,8 @@ class DecodeSteps:
         if company is None or company.requests != requests or company.epochs != epochs:
             if any(request.attention is not None for request in requests):
                 return None
-            company = self._seat(requests, epochs, kept, sampler)
-            arrays = [*self.inputs.host[:-1], self.inputs.host[-1][: len(requests)]]
+            company = self._seat(requests, epochs, kept, sampler, transfers)
+            arrays = self.inputs.host
         self._write_numbers(requests, starts, unread)
         transfers.fill(self.inputs.packed, arrays)
         self._company = company
@@ -140,17 +141,23 @@ class DecodeSteps:
             drawn[: len(unread.token_ids)].copy_(unread.token_ids)  # of a step that no graph has computed
 
     def _seat(
-        self, requests: tuple[Request, ...], epochs: tuple[int, ...], kept: KeptRows, sampler: Sampler
+        self,
+        requests: tuple[Request, ...],
+        epochs: tuple[int, ...],
+        kept: KeptRows,
+        sampler: Sampler,
+        transfers: Transfers,
     ) -> Company:
-        """Write what stays as long as these decode."""
+        """Write what stays as long as these decode; their tables at once, as wide as they are by now."""
         size, rows = len(requests), np.array(kept.rows)
         outputs = Outputs(*(output[:size] for output in self.outputs))
         drawn = sampler.expect(rows, outputs.logits, outputs.token_ids, outputs.told)
-        _, *sampling, tables = self.inputs.host
+        _, *sampling = self.inputs.host
         for parameter, asked in zip(sampling, sampler.asked(rows, rows), strict=False):
             parameter[:size] = asked
         # Padding, and steps that are sampled later from other logits, are drawn from the cheapest way: greedily.
         sampling[0][0 if drawn is None else size :] = 0
-        known = kept.tables.of(kept.rows, [request.block_table for request in requests])
-        tables[:size, : known.shape[1]] = known  # what lies beyond a sequence's length is never read
+        known = kept.tables.of(kept.rows, [request.block_table for request in requests]).astype(np.int32)
+        (sent,) = transfers.send([known])
+        self.inputs.tables[:size, : known.shape[1]].copy_(sent)  # what lies beyond a sequence's length is never read
         return Company(requests, epochs, rows, self.graphs.of(size), outputs, drawn)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Wait = Callable[[], None]
-BUFFERS = 4  # a step sends once or twice, and two steps may be on their way
+BUFFERS = 4  # a step sends once or twice, a company's first one thrice, and two steps may be on their way
 ALIGNMENT = 16  # bytes: of each array in its buffer
 FIRST_BYTES = 1 << 16
 
