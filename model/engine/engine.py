@@ -68,6 +68,8 @@ class Engine:
         self._flight: Flight | None = None
         self._outputs: list[TokenOutput] = []
         self.num_failed_steps = 0
+        if device.type == "cuda" and compute.decodes is None:  # graphs have compiled what they replay
+            self.warm_up()
         self._measure_idle()
 
     @classmethod
@@ -163,6 +165,21 @@ class Engine:
                     yield output
                     if output.finish_reason:
                         return
+
+    def warm_up(self) -> None:
+        """Take the steps that a first request would take, and wait for compilers in: who watches would think it stuck.
+
+        One request draws from the logits as they are, one from logits in fp32, which a penalty has changed.
+        """
+        if self.max_model_len < 4:
+            return
+        for penalty in (0.0, 1.0):
+            params = SamplingParams(max_tokens=2, frequency_penalty=penalty, ignore_eos=True)
+            self.scheduler.add(Request("warm-up", [0, 0], params))
+            while self.has_work:
+                self.step()
+        self.scheduler.prefix.queried_tokens = 0  # nobody has asked for anything yet
+        self._outputs.clear()
 
     def check_integrity(self) -> None:
         """Assert the invariants of the cache. For tests, and for an idle service."""

@@ -138,6 +138,23 @@ def test_an_aborted_request_leaves_its_neighbours_alone(engine):
     assert tokens == alone[1:]
 
 
+def test_warming_up_takes_the_steps_of_a_plain_and_of_a_penalized_request_and_leaves_no_trace(engine, monkeypatch):
+    steps, stage = [], engine.runner.stage
+
+    def staged(step, *args):
+        steps.append([(item.num_tokens, item.request.params.penalizes) for item in step.requests])
+        return stage(step, *args)
+
+    monkeypatch.setattr(engine.runner, "stage", staged)
+    engine.warm_up()
+    assert steps == [[(2, False)], [(1, False)], [(2, True)], [(1, True)]]
+    assert not engine.has_work
+    engine.check_integrity()
+    outputs = list(engine.generate(Request("warm-up", prompt(5), GREEDY)))
+    assert sum(len(output.token_ids) for output in outputs) == 24
+    assert engine.stats.prefix_queries == 5
+
+
 def test_a_completion_ends_at_an_end_of_sequence_token(tmp_path):
     model = write_llama(tmp_path, seed=1)
     ids = prompt(5)
