@@ -39,32 +39,36 @@ from model.sampling.params import SamplingParams
 from model.split import own_config, split_decoder
 
 MAX_ARRAYS = 12  # of one message
+SUM_SECONDS = 120  # that a sum may wait for another process: it may be compiling the kernels of its first step
 
 
 class ProcessGroup:
     """`model.split.Together` and `model.engine.lockstep.Group` over torch.distributed.
 
-    Each word raises `GroupLost` when another process is gone.
+    Each word over gloo raises `GroupLost` when another process is gone. One over NCCL may not: it returns before it is
+    done, and whoever waits for the device then waits for `SUM_SECONDS`, when NCCL ends the process.
     """
 
     def __init__(self, rank: int, world_size: int, init_method: str, device: torch.device) -> None:
         self.rank, self.world_size = rank, world_size
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=world_size)
+        # Not the first group: in that one they wait until all have loaded their weights.
+        self._sums = dist.new_group(backend=backend, timeout=timedelta(seconds=SUM_SECONDS))
         # Followers wait for a word for as long as nobody asks the leader for anything.
         self._words = dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
     def add_up(self, x: Tensor) -> Tensor:
         """See `Together`."""
         with _answered():
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=self._sums)
         return x
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """See `Together`."""
         parts = [torch.empty_like(x) for _ in range(self.world_size)]
         with _answered():
-            dist.all_gather(parts, x.contiguous())
+            dist.all_gather(parts, x.contiguous(), group=self._sums)
         return parts
 
     def tell(self, arrays: Sequence[NDArray[np.int64]]) -> None:
@@ -94,7 +98,7 @@ class ProcessGroup:
     def share(self, x: Tensor) -> None:
         """See `Group`."""
         with _answered():
-            dist.broadcast(x, 0)
+            dist.broadcast(x, 0, group=self._sums)
 
     def leave(self) -> None:
         """The end, for all of them."""
@@ -183,6 +187,15 @@ def check_split(model: ModelConfig, config: EngineConfig, world_size: int) -> Mo
     return own_config(model, world_size)
 
 
+def check_devices(config: EngineConfig, world_size: int) -> None:
+    """Raise `ConfigError` where this machine has fewer GPUs than there are processes: NCCL refuses two on one."""
+    if resolve_device(config).type == "cuda" and (count := torch.cuda.device_count()) < world_size:
+        raise ConfigError(
+            f"{world_size} processes need a GPU each, and torch sees {count} here; lower --world-size, or use "
+            f"--device cpu"
+        )
+
+
 def _own_device(rank: int, config: EngineConfig) -> torch.device:
     """Each rank's own GPU, or the CPU for all. One that is placed by Ray sees but one GPU."""
     device = resolve_device(config)
@@ -193,12 +206,16 @@ def _own_device(rank: int, config: EngineConfig) -> torch.device:
     return device
 
 
+def _config(args: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(
+        dtype=args.dtype, device=args.device, kernels=args.kernels, kv_cache_tokens=args.kv_cache_tokens, max_num_seqs=8
+    )
+
+
 def _start(rank: int, world_size: int, init_method: str, args: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, cores() // world_size))
-    config = EngineConfig(
-        dtype=args.dtype, device=args.device, kernels=args.kernels, kv_cache_tokens=args.kv_cache_tokens, max_num_seqs=8
-    )
+    config = _config(args)
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
 
     def say(engine: Engine) -> None:
@@ -227,6 +244,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kv-cache-tokens", type=int, default=8192)
     parser.add_argument("--kernels", choices=["auto", "torch", "triton"], default="auto")
     args = parser.parse_args(argv)
+    try:
+        check_devices(_config(args), args.world_size)
+    except ConfigError as error:
+        sys.exit(f"model.parallel: {error}")
     # Whoever is refused says why in one line; that the others are ended with it is no news.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of the others: it warns of hosts without a name

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from model import parallel
 from model.config import EngineConfig
 from model.engine.engine import Engine
 from model.engine.request import Request
-from model.parallel import run_rank
+from model.parallel import SUM_SECONDS, ProcessGroup, run_rank
 from model.sampling.params import SamplingParams
 from tests.conftest import write_llama
 
@@ -67,7 +69,13 @@ def say(file: Path, engine: Engine) -> None:
 
 def start(rank: int, init_method: str, directory: Path, file: Path, config: EngineConfig) -> None:
     torch.set_num_threads(1)
-    run_rank(rank, 2, init_method, directory, config, partial(say, file))
+    run_rank(rank, 2, init_method, directory, config, partial(warm_up_and_say, file))
+
+
+def warm_up_and_say(file: Path, engine: Engine) -> None:
+    """As on a GPU, where kernels are compiled before anybody asks: the others come along."""
+    engine.warm_up()
+    say(file, engine)
 
 
 def said_by_two_and_one(tmp_path: Path, of_two: EngineConfig) -> tuple[dict, dict]:
@@ -111,6 +119,29 @@ def test_the_command_starts_all_processes_and_prints_what_the_model_says(tiny_ll
     ids = [str(token_id) for token_id in PROMPT]
     ended = run_command(tiny_llama[0], "--max-tokens", "5", "--prompt-ids", *ids)
     assert (ended.returncode, [int(word) for word in ended.stdout.split()]) == (0, expected)
+
+
+def test_more_processes_than_gpus_are_refused_with_the_numbers(tiny_llama, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(parallel, "spawn", lambda *args, **options: pytest.fail("processes were started"))
+    with pytest.raises(SystemExit, match="2 processes need a GPU each, and torch sees 1 here"):
+        parallel.main(["--model", str(tiny_llama[0]), "--prompt-ids", "5"])
+
+
+def test_a_sum_waits_for_a_lost_process_no_longer_than_the_first_step_may_take(monkeypatch):
+    timeouts: dict[object, timedelta] = {}
+    summed: list[object] = []
+
+    def new_group(backend, timeout):
+        timeouts[group := object()] = timeout
+        return group
+
+    monkeypatch.setattr(parallel.dist, "init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr(parallel.dist, "new_group", new_group)
+    monkeypatch.setattr(parallel.dist, "all_reduce", lambda x, group: summed.append(group))
+    ProcessGroup(0, 2, "file:///nowhere", torch.device("cpu")).add_up(torch.zeros(1))
+    assert [timeouts[group].total_seconds() for group in summed] == [SUM_SECONDS]
 
 
 def test_what_the_leader_cannot_begin_ends_all_processes_with_one_line(tiny_llama):
