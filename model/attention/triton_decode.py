@@ -15,6 +15,7 @@ from model.kernels.tiles import LOG2E, LOWEST, attend_tile, is_seen, load_tile, 
 
 SPLIT = 256
 TILE = 64
+MERGED = 16  # splits at a time
 # So many programs fill a large card a few times over; more would only take turns at shorter pieces.
 PROGRAMS = 1024
 
@@ -75,9 +76,12 @@ def _attend_splits(
 @triton.jit(do_not_specialize=["num_splits"])
 def _merge_splits(
     partial_ptr, log_ptr, lens_ptr, sinks_ptr, out_ptr, num_splits,
-    DIM: tl.constexpr, WIDE_DIM: tl.constexpr, SPLIT: tl.constexpr, HAS_SINKS: tl.constexpr,
+    DIM: tl.constexpr, WIDE_DIM: tl.constexpr, SPLIT: tl.constexpr, MERGED: tl.constexpr, HAS_SINKS: tl.constexpr,
 ):  # fmt: skip
-    """The splits of one sequence under one query head, weighed by their sums; a learned sink adds only weight."""
+    """The splits of one sequence under one query head, weighed by their sums; a learned sink adds only weight.
+
+    Some are taken at a time, whose loads do not wait for one another: as many whatever else is in the batch.
+    """
     seq, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     num_heads = tl.num_programs(1)
     dim = tl.arange(0, WIDE_DIM)
@@ -86,13 +90,20 @@ def _merge_splits(
     if HAS_SINKS:
         largest, total = largest * 0.0 + tl.load(sinks_ptr + head).to(tl.float32) * LOG2E, total + 1.0
     weighted = tl.zeros([WIDE_DIM], tl.float32)
-    for split in range(tl.cdiv(tl.load(lens_ptr + seq), SPLIT)):
-        log = tl.load(log_ptr + place + split)
-        value = tl.load(partial_ptr + (place + split) * DIM + dim, mask=dim < DIM, other=0.0)
-        new_largest = tl.maximum(largest, log)
-        shrink, weight = tl.exp2(largest - new_largest), tl.exp2(log - new_largest)
-        total = total * shrink + weight
-        weighted = weighted * shrink + value * weight
+    count = tl.cdiv(tl.load(lens_ptr + seq), SPLIT)
+    for first in range(0, count, MERGED):
+        split = first + tl.arange(0, MERGED)
+        there = split < count
+        log = tl.load(log_ptr + place + split, mask=there, other=LOWEST)
+        value = tl.load(
+            partial_ptr + (place + split)[:, None] * DIM + dim[None, :],
+            mask=there[:, None] & (dim < DIM)[None, :],
+            other=0.0,
+        )
+        new_largest = tl.maximum(largest, tl.max(log, axis=0))
+        shrink, weight = tl.exp2(largest - new_largest), tl.where(there, tl.exp2(log - new_largest), 0.0)
+        total = total * shrink + tl.sum(weight, axis=0)
+        weighted = weighted * shrink + tl.sum(value * weight[:, None], axis=0)
         largest = new_largest
     out = weighted / tl.where(total == 0.0, 1.0, total)  # a row that only pads the batch has seen nothing
     tl.store(out_ptr + (seq * num_heads + head) * DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < DIM)
@@ -135,5 +146,5 @@ def decode_attention(
     )  # fmt: skip
     _merge_splits[(num_seqs, num_heads)](
         partial, logs, lens, out if scores.sinks is None else scores.sinks, out, num_splits,
-        DIM=dim, WIDE_DIM=padded(dim), SPLIT=SPLIT, HAS_SINKS=scores.sinks is not None,
+        DIM=dim, WIDE_DIM=padded(dim), SPLIT=SPLIT, MERGED=MERGED, HAS_SINKS=scores.sinks is not None,
     )  # fmt: skip

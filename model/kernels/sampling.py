@@ -5,7 +5,8 @@ distribution passes the number keyed by (seed, position). The two may differ onl
 nucleus, falls within the rounding of a sum.
 
 A bar below which tokens are out is found by halving the range of logits, as ordered integers, until one is left: each
-pass only counts, or adds up, what lies above. A row that asks for neither top-k nor top-p takes no such pass.
+pass only counts, or adds up, what lies above. A row that asks for nothing but a temperature takes no pass at all: what
+each block weighs is known from the search for the largest logit, so one block is looked into.
 """
 
 import torch
@@ -88,19 +89,47 @@ def _draw(
         found += tl.sum(passes.to(tl.int64))
         passed = tl.maximum(passed, tl.max(tl.where(passes, cumulative, 0.0)))
         before = tl.max(cumulative)
-    token = found * BLOCK + tl.arange(0, BLOCK)
+    return _draw_in_block(logits_ptr, vocab_size, temperature, largest, bar, found, target - passed, BLOCK)
+
+
+@triton.jit
+def _draw_in_block(logits_ptr, vocab_size, temperature, largest, bar, block, target, BLOCK: tl.constexpr):
+    """The first token of a block at which the cumulative weight of what is kept there passes `target`."""
+    token = block * BLOCK + tl.arange(0, BLOCK)
     logits = tl.load(logits_ptr + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32) / temperature
     weights = tl.where(_ordered(logits) >= bar, tl.exp(logits - largest), 0.0).to(tl.float64)
     cumulative = tl.cumsum(weights, axis=0)
-    passes = (cumulative <= target - passed) & (cumulative < tl.max(cumulative))
-    return found * BLOCK + tl.sum(passes.to(tl.int64))
+    passes = (cumulative <= target) & (cumulative < tl.max(cumulative))
+    return block * BLOCK + tl.sum(passes.to(tl.int64))
+
+
+@triton.jit
+def _draw_by_sums(
+    logits_ptr, sums_ptr, largest_ptr, vocab_size, num_pieces, temperature, largest, bar, uniform,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """The same of a row of which nothing is left out. sums: of each block, by the largest logit of its piece."""
+    block = tl.arange(0, PIECES * BLOCKS)
+    there = block < num_pieces * BLOCKS
+    of_piece = tl.load(largest_ptr + block // BLOCKS, mask=there, other=float("-inf")) / temperature
+    sums = tl.load(sums_ptr + block, mask=there, other=0.0)
+    cumulative = tl.cumsum(sums.to(tl.float64) * tl.exp(of_piece - largest).to(tl.float64), axis=0)
+    total = tl.max(cumulative)
+    target = uniform * total
+    passes = (cumulative <= target) & (cumulative < total)
+    passed = tl.max(tl.where(passes, cumulative, 0.0))
+    found = tl.sum(passes.to(tl.int64))
+    return _draw_in_block(logits_ptr, vocab_size, temperature, largest, bar, found, target - passed, BLOCK)
 
 
 @triton.jit
 def _largest_of_pieces(
-    logits_ptr, largest_ptr, places_ptr, stride, vocab_size, BLOCK: tl.constexpr, BLOCKS: tl.constexpr
+    logits_ptr, largest_ptr, places_ptr, sums_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
+    stride, vocab_size, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit of one piece of a row, NaN if one of the piece is, and the first id that has it."""
+    """The largest logit of one piece of a row, NaN if one of the piece is, and the first id that has it. For a row that
+    asks for nothing but a temperature, also what each block weighs by that logit.
+    """
     row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token, logits = _load_blocks(logits_ptr + row * stride, piece * BLOCK * BLOCKS, vocab_size, 1.0, BLOCK, BLOCKS)
     strange = tl.sum((logits != logits).to(tl.int32))
@@ -108,12 +137,24 @@ def _largest_of_pieces(
     place = row * tl.num_programs(1) + piece
     tl.store(largest_ptr + place, tl.where(strange > 0, float("nan"), largest))
     tl.store(places_ptr + place, tl.min(tl.where(logits == largest, token, vocab_size - 1)))
+    temperature = tl.load(temperature_ptr + row)
+    if (temperature > 0) & _keeps_all(row, top_k_ptr, top_p_ptr, min_p_ptr):
+        is_number = (largest > float("-inf")) & (largest < float("inf"))
+        by = tl.where(is_number, largest / temperature, 0.0)
+        sums = tl.sum(tl.exp(logits / temperature - by), axis=1)
+        tl.store(sums_ptr + place * BLOCKS + tl.arange(0, BLOCKS), sums)
+
+
+@triton.jit
+def _keeps_all(row, top_k_ptr, top_p_ptr, min_p_ptr):
+    """Whether a row's request leaves no token out."""
+    return (tl.load(top_k_ptr + row) <= 0) & (tl.load(top_p_ptr + row) >= 1) & (tl.load(min_p_ptr + row) <= 0)
 
 
 @triton.jit
 def _sample(
-    logits_ptr, largest_ptr, places_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, positions_ptr,
-    ids_ptr, told_ptr, stride, vocab_size, num_pieces,
+    logits_ptr, largest_ptr, places_ptr, sums_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr,
+    positions_ptr, ids_ptr, told_ptr, stride, vocab_size, num_pieces,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """One row of logits, of which the largest of each piece is known, by what its request asks for."""
@@ -131,19 +172,25 @@ def _sample(
     if usable & (temperature > 0):
         largest = largest / temperature
         bar = _ordered(largest - FAR).to(tl.int64)
-        min_p, top_k, top_p = tl.load(min_p_ptr + row), tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
-        if min_p > 0:
-            bar = tl.maximum(bar, _ordered(largest + tl.log(min_p)).to(tl.int64))
-        if top_k > 0:
-            bar = _lowest_kept(logits_ptr, vocab_size, temperature, largest, bar, top_k, True, BLOCK, BLOCKS)
-        if top_p < 1:
-            kept = _above(logits_ptr, vocab_size, temperature, largest, bar - 1, False, BLOCK, BLOCKS)
-            limit = top_p * kept
-            bar = _lowest_kept(logits_ptr, vocab_size, temperature, largest, bar, limit, False, BLOCK, BLOCKS)
         seed, position = tl.load(seed_ptr + row).to(tl.uint64), tl.load(positions_ptr + row).to(tl.uint64)
         # 48 bits, as in `keyed_uniforms`.
         uniform = (_mixed(_mixed(seed) + position) >> 16).to(tl.float64) * 3.552713678800501e-15
-        chosen = _draw(logits_ptr, vocab_size, temperature, largest, bar, uniform, BLOCK, BLOCKS)
+        if _keeps_all(row, top_k_ptr, top_p_ptr, min_p_ptr):
+            chosen = _draw_by_sums(
+                logits_ptr, sums_ptr + row * num_pieces * BLOCKS, largest_ptr + row * num_pieces, vocab_size,
+                num_pieces, temperature, largest, bar, uniform, BLOCK, BLOCKS, PIECES,
+            )  # fmt: skip
+        else:
+            min_p, top_k, top_p = tl.load(min_p_ptr + row), tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+            if min_p > 0:
+                bar = tl.maximum(bar, _ordered(largest + tl.log(min_p)).to(tl.int64))
+            if top_k > 0:
+                bar = _lowest_kept(logits_ptr, vocab_size, temperature, largest, bar, top_k, True, BLOCK, BLOCKS)
+            if top_p < 1:
+                kept = _above(logits_ptr, vocab_size, temperature, largest, bar - 1, False, BLOCK, BLOCKS)
+                limit = top_p * kept
+                bar = _lowest_kept(logits_ptr, vocab_size, temperature, largest, bar, limit, False, BLOCK, BLOCKS)
+            chosen = _draw(logits_ptr, vocab_size, temperature, largest, bar, uniform, BLOCK, BLOCKS)
     tl.store(ids_ptr + row, chosen)
     tl.store(told_ptr + row, tl.where(usable, chosen, -1))
 
@@ -170,11 +217,13 @@ def sample(
     pieces = triton.cdiv(vocab_size, BLOCK * BLOCKS)
     largest = torch.empty(rows, pieces, dtype=torch.float32, device=logits.device)
     places = torch.empty(rows, pieces, dtype=torch.int32, device=logits.device)
+    sums = torch.empty(rows, pieces * BLOCKS, dtype=torch.float32, device=logits.device)
     _largest_of_pieces[(rows, pieces)](
-        logits, largest, places, logits.stride(0), vocab_size, BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=8
-    )
+        logits, largest, places, sums, temperature, top_k, top_p, min_p, logits.stride(0), vocab_size,
+        BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=8,
+    )  # fmt: skip
     _sample[(rows,)](
-        logits, largest, places, temperature, top_k, top_p, min_p, seed, position, ids, told,
+        logits, largest, places, sums, temperature, top_k, top_p, min_p, seed, position, ids, told,
         logits.stride(0), vocab_size, pieces, BLOCK=BLOCK, BLOCKS=BLOCKS, PIECES=triton.next_power_of_2(pieces),
         num_warps=8,
     )  # fmt: skip

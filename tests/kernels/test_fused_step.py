@@ -144,6 +144,19 @@ def test_int8_weights_are_right_for_many_rows_for_a_few_and_for_one():
         torch.testing.assert_close(found, expected[:rows], atol=1e-4, rtol=1e-4)
 
 
+def test_int8_weights_of_many_rows_keep_their_scales_in_full():
+    """What is rounded to bf16 is each result, up or down by chance; a rounded scale would tilt a whole channel."""
+    generator = torch.Generator().manual_seed(0)
+    linear = Linear(24, 40, bias=False).requires_grad_(False)
+    linear.weight.normal_(generator=generator)
+    quantized = Int8Linear(linear)
+    x = torch.randn(4 * FEW_ROWS, 24, generator=generator).bfloat16()
+    expected = int8_linear_torch(x.float(), quantized.weight, quantized.scale)
+    found = WeightInt8Linear(quantized).to(DEVICE)(x.to(DEVICE)).cpu().float()
+    tilt = (found * expected).sum(dim=0) / expected.square().sum(dim=0) - 1
+    assert tilt.abs().max() < 1.5e-3
+
+
 def test_dense_weights_are_right_for_many_rows_and_for_one():
     generator = torch.Generator().manual_seed(0)
     linear = Linear(24, 40, bias=True).requires_grad_(False).to(DEVICE)

@@ -115,6 +115,16 @@ def test_few_programs_take_turns_at_the_splits(monkeypatch):
     assert torch.equal(attend(PagedAttention, PLAIN, DECODES, torch.float32), before)
 
 
+def test_more_splits_than_are_merged_at_a_time_are_merged_like_few(monkeypatch):
+    monkeypatch.setattr(triton_decode, "SPLIT", 16)
+    monkeypatch.setattr(triton_decode, "TILE", 16)
+    sinks = replace(PLAIN, sink_logits=True)
+    found, expected = (
+        attend(backend, sinks, DECODES, torch.float32) for backend in (PagedAttention, ReferenceAttention)
+    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("lengths", [DECODES, MIXED], ids=["decodes", "mixed"])
 def test_keys_and_values_in_fp8_are_attended_to_as_they_were_rounded(lengths):
     generator = torch.Generator().manual_seed(7)

@@ -124,6 +124,15 @@ def test_what_is_forbidden_is_never_drawn():
     assert ids.unique().tolist() == [3, 4400]
 
 
+def test_a_stretch_in_which_everything_is_forbidden_weighs_nothing():
+    logits = torch.full((6, VOCAB), -torch.inf, device=DEVICE)
+    logits[:, 4300:] = random_logits(6)[:, 4300:]
+    rows, positions = table(6), places(6)
+    ids, told = sample(logits, *rows, positions)
+    assert torch.equal(told, ids)
+    assert torch.equal(ids, expected(logits, rows, positions))
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_that_are_not_numbers_are_told(temperature):
     logits = random_logits(4)

@@ -55,7 +55,8 @@ def kernels(scale: Scale, device: torch.device) -> dict[str, Callable[[], Measur
     dtype, long = scale.dtype, scale.long_context
     small, large = read_shape(scale.small)[1], read_shape(scale.large)[1]
     for which, config in (("0.6B", small), ("8B", large)):
-        for batch, context in (*((batch, scale.context) for batch in scale.batches), (scale.crowd, long)):
+        crowds = [*((batch, scale.context) for batch in scale.batches), (scale.crowd, long), (1, 8 * long)]
+        for batch, context in crowds:
             name = f"decode attention, {which}, {batch} x {context}"
             named[name] = partial(decode, config, batch, context, dtype, device)
         for past, new in ((0, long), (long // 2, long // 2)):

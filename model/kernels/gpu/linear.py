@@ -41,5 +41,6 @@ class WeightInt8Linear(nn.Module):
             return one_row_linear(x.contiguous(), self.weight, self.scale, self.bias)
         if len(x) <= FEW_ROWS:
             return int8_linear(x.contiguous(), self.weight, self.scale, self.bias)
-        wide = self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None]
-        return F.linear(x, wide, None if self.bias is None else self.bias.to(x.dtype))
+        out = F.linear(x, self.weight.to(x.dtype))  # whole numbers up to 127: each is one in bf16 too
+        out *= self.scale  # in fp32, and no other copy of the result
+        return out if self.bias is None else out.add_(self.bias)
