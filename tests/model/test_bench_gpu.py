@@ -15,6 +15,7 @@ from model.bench.gpu.check import relative_error
 from model.bench.gpu.command import Part
 from model.bench.gpu.results import Results, read_rows
 from model.bench.gpu.scale import CARD, REHEARSAL
+from model.bench.gpu.timing import replayed
 from model.bench.gpu.workload import draw
 from model.bench.rounds import Ask
 
@@ -148,6 +149,27 @@ def test_an_error_is_measured_against_the_largest_number_and_nan_is_infinitely_w
     assert relative_error(torch.tensor([0.0, 5.0, -8.0]), expected) == 0.125
     assert relative_error(torch.tensor([0.0, torch.nan, -8.0]), expected) == float("inf")
     assert relative_error(torch.tensor([0.0, 4.0]), expected) == float("inf")
+
+
+def test_a_kernel_is_timed_as_a_graph_and_where_it_cannot_be_captured_that_is_said(capsys):
+    calls = []
+
+    def kernel() -> None:
+        calls.append("called")
+
+    def capture(run):
+        run()
+        return lambda: calls.append("replayed")
+
+    def refuse(run):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    replayed(kernel, capture)()
+    assert calls == ["called", "replayed"]
+    assert not capsys.readouterr().out
+    replayed(kernel, refuse)()
+    assert calls == ["called", "replayed", "called"]
+    assert "not captured" in capsys.readouterr().out
 
 
 def test_the_workload_is_that_of_nano_vllm():
