@@ -2,7 +2,8 @@
 
 Asking costs both processes more than the whole refusal does, and takes longer the more calls are under way. A replica
 says how full it is with each answer (`service.channel.Occupancy`); what has changed since, of requests of ours, is
-known here. What other ingresses have done meanwhile is not: so every moment one request asks all the same.
+known here. What other ingresses have done meanwhile is not: so where requests of theirs take the room, every moment one
+of ours asks all the same.
 """
 
 import time
@@ -24,6 +25,11 @@ class _Said(NamedTuple):
     occupancy: Occupancy
     own: Share
     at: float
+
+    @property
+    def has_others(self) -> bool:
+        """Whether not all of the work there was ours."""
+        return self.occupancy.num_requests > self.own.num_requests
 
     def since(self, own: Share, sent: Share) -> Occupancy:
         """What it would say now, had nothing changed but what is ours, and with what may be on its way to it."""
@@ -57,13 +63,14 @@ class Fullness:
         self._said = {replica_id: said for replica_id, said in self._said.items() if now - said.at < FORGET_S}
         if not self._said or not self._said.keys() >= set(replica_ids):
             return
-        refusals = []
+        refusals, may_have_changed = [], False
         for replica_id, said in self._said.items():
             refusal = objection(said.since(shares.get(replica_id, Share()), shares.get(None, Share())), need)
             if refusal is None:
                 return
             refusals.append(refusal)
-        if now - self._probed_at < PROBE_S:
+            may_have_changed = may_have_changed or said.has_others
+        if not may_have_changed or now - self._probed_at < PROBE_S:
             soonest = min(refusals, key=lambda refusal: refusal.retry_after_s)
             raise Overloaded(soonest.message, retry_after_s=soonest.retry_after_s)
         if asks:

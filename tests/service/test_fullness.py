@@ -163,6 +163,21 @@ async def test_every_moment_one_request_asks_all_the_same(
         assert fleet.asked == asked
 
 
+async def test_nobody_asks_where_all_that_is_there_is_ours(
+    fleet: CountedFleet, dispatcher: Dispatcher, clock: list[float]
+) -> None:
+    """An overload of one ingress would else be a load on the engine: ten questions a second, each refused."""
+    ours = [await taken(fleet, dispatcher, FULL._replace(num_requests=number)) for number in (1, 2, 3, 4)]
+    for _ in range(3):
+        clock[0] += fullness.PROBE_S
+        with pytest.raises(Overloaded):
+            await dispatcher.open([WORK])
+    assert fleet.asked == 4
+    fleet.replicas["a"].say(0, 5, finish_reason="stop")
+    await tokens(ours[0], 1)
+    await dispatcher.open([WORK])
+
+
 async def test_it_is_forgotten_in_time(fleet: CountedFleet, dispatcher: Dispatcher, clock: list[float]) -> None:
     await taken(fleet, dispatcher, FULL)
     clock[0] += fullness.FORGET_S
