@@ -40,7 +40,8 @@ def test_a_rehearsal_checks_and_measures_and_says_that_times_mean_nothing(tmp_pa
     summary = json.loads((tmp_path / "gpu.json").read_text())
     assert {name: part["ended"] for name, part in summary["parts"].items()} == dict.fromkeys(names, "done")
     assert all(row["ok"] for row in summary["parts"]["check"]["rows"])
-    assert len(summary["parts"]["check"]["rows"]) >= 2 * 11 + 2
+    assert len(summary["parts"]["check"]["rows"]) >= 2 * 12 + 4
+    assert "an fp8 cache" in ended.stdout
     assert {row["name"] for row in summary["parts"]["decode-small"]["rows"]} >= {"batch 1", "batch 2"}
     assert summary["parts"]["workload"]["rows"][0]["output_tokens"] > 0
     assert "the times mean nothing" in ended.stdout

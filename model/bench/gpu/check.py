@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,11 @@ from model.attention.paged import PagedAttention
 from model.attention.plan import AttentionPlan
 from model.attention.reference import ReferenceAttention
 from model.attention.scores import Attend, Scores
+from model.bench.gpu import engines
 from model.bench.gpu.results import Results
 from model.bench.gpu.scale import Scale
-from model.cache.pool import KVPool
-from model.config import EngineConfig, ModelConfig
-from model.engine.engine import Engine
-from model.engine.request import Request
+from model.cache.pool import FP8, KVPool
+from model.config import ModelConfig
 from model.kernels.activation import gated, gated_torch
 from model.kernels.decodes import place_decodes, place_decodes_torch
 from model.kernels.int8 import int8_linear, int8_linear_torch
@@ -28,11 +26,9 @@ from model.kernels.one_row import one_row_linear, one_row_linear_torch
 from model.kernels.rope import rope_and_store, rope_and_store_torch
 from model.kernels.sampling import sample
 from model.sampling.draw import draw, drop_unlikely, keyed_uniforms, truncate
-from model.sampling.params import SamplingParams
 
 # The largest error over the largest number: sums of fp32 in another order; what the narrow dtypes round.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-STORYTELLER = Path(__file__).parent.parent.parent / "checkpoints" / "storyteller"
 BLOCK_SIZE = 16
 
 HEADS = ModelConfig(
@@ -73,10 +69,7 @@ def run(results: Results, scale: Scale) -> None:
     if results.missing([NUMBERS]):
         with results.row(NUMBERS) as row:
             row["ok"] = check_decodes(device)
-    if results.missing(["greedy tokens of the embedded model"]):
-        with results.row("greedy tokens of the embedded model") as row:
-            found_ids, expected_ids = (greedy_tokens(scale, kernels) for kernels in ("triton", "torch"))
-            row |= {"tokens": sum(map(len, expected_ids)), "ok": found_ids == expected_ids}
+    engines.run(results, scale)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -96,7 +89,8 @@ def cases(scale: Scale, dtype: torch.dtype, device: torch.device) -> Iterator[tu
     on_card = device.type == "cuda"
     sequences = [*MORE_SEQUENCES[:3], *SEQUENCES, *MORE_SEQUENCES[3:]] if on_card else SEQUENCES
     for name, config in VARIATIONS.items():
-        yield f"attention, {name}", partial(check_attention, config, sequences, normal)
+        yield f"attention, {name}", partial(check_attention, config, sequences, normal, dtype)
+    yield "attention, an fp8 cache", partial(check_attention, HEADS, sequences, normal, FP8)
     for rows, size in ((5, 576), (33, 4096)) if on_card else ((5, 48),):
         yield f"norm of {rows} x {size}", partial(check_norm, normal, rows, size)
         yield f"gate of {rows} x {size}", partial(check_gate, normal, rows, size)
@@ -107,8 +101,12 @@ def cases(scale: Scale, dtype: torch.dtype, device: torch.device) -> Iterator[tu
         yield f"one row of {depth}", partial(check_one_row, normal, depth)
 
 
-def check_attention(config: ModelConfig, lengths: list[tuple[int, int]], normal: Callable[..., Tensor]) -> Pair:
-    """Decodes and prefills in one step, over blocks in any order, with NaN in whatever is not theirs."""
+def check_attention(
+    config: ModelConfig, lengths: list[tuple[int, int]], normal: Callable[..., Tensor], cache: torch.dtype
+) -> Pair:
+    """Decodes and prefills in one step, over blocks in any order, with NaN in whatever is not theirs. The oracle gets
+    keys and values as a cache in this dtype has rounded them.
+    """
     blocks = [-(-(past + new) // BLOCK_SIZE) for past, new in lengths]
     free = (torch.randperm(sum(blocks)) + 1).tolist()
     tables = [[free.pop() for _ in range(count)] for count in blocks]
@@ -122,16 +120,17 @@ def check_attention(config: ModelConfig, lengths: list[tuple[int, int]], normal:
     past = [(slots_of(table, count), count) for table, (count, _) in zip(tables, lengths, strict=True)]
     kept = [(normal(count, config.num_kv_heads, config.head_dim), normal(count, *k.shape[1:])) for _, count in past]
 
-    def attend(backend: type[Attend], dtype: torch.dtype) -> Tensor:
+    def attend(backend: type[Attend], given: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
         pool = KVPool(config, sum(blocks), BLOCK_SIZE, dtype, q.device)
         pool.keys[:, BLOCK_SIZE:], pool.values[:, BLOCK_SIZE:] = torch.nan, torch.nan
         for (slots, _), (keys, values) in zip(past, kept, strict=True):
-            pool.store(0, slots.to(q.device), keys.to(dtype), values.to(dtype))
-        out: Tensor = backend(plan, pool)(scores, q.to(dtype), k.to(dtype), v.to(dtype))  # type: ignore[call-arg]
+            pool.store(0, slots.to(q.device), given(keys), given(values))
+        out: Tensor = backend(plan, pool)(scores, q.to(given(k).dtype), given(k), given(v))  # type: ignore[call-arg]
         return out
 
     with torch.no_grad():
-        return attend(PagedAttention, q.dtype), attend(ReferenceAttention, torch.float32)
+        found = attend(PagedAttention, lambda x: x, cache)
+        return found, attend(ReferenceAttention, lambda x: x.to(cache).float(), torch.float32)
 
 
 def slots_of(table: list[int], count: int) -> Tensor:
@@ -216,25 +215,3 @@ def check_decodes(device: torch.device) -> bool:
         place(numbers, drawn, tables, token_ids, positions, slots, lens, block_size=BLOCK_SIZE)
         made.append(torch.cat([tables.flatten(), token_ids, positions, slots, lens]))
     return torch.equal(*made)
-
-
-def greedy_tokens(scale: Scale, kernels: Any) -> list[list[int]]:
-    """What the embedded model says in fp32, by these kernels: the whole engine on the way there."""
-    on_card = scale.device == "cuda"
-    config = EngineConfig(
-        dtype="fp32",
-        device="cuda" if on_card else "cpu",
-        kernels=kernels,
-        kv_cache_tokens=None if on_card else 2048,  # on a card: whatever is left when a step was measured
-    )
-    engine = Engine.from_checkpoint(STORYTELLER, config)
-    outputs: dict[str, list[int]] = {}
-    for index in range(8 if on_card else 2):
-        prompt = torch.randint(3, 2000, (5 + 9 * index,), generator=torch.Generator().manual_seed(index)).tolist()
-        outputs[str(index)] = []
-        params = SamplingParams(max_tokens=32 if on_card else 3, temperature=0.0, ignore_eos=True)
-        engine.add(Request(str(index), prompt, params))
-    while engine.has_work:
-        for output in engine.step():
-            outputs[output.request_id] += output.token_ids
-    return list(outputs.values())
