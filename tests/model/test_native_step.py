@@ -158,6 +158,37 @@ def test_hundreds_of_steps_on_more_threads_than_cores_give_the_same_bits():
         assert torch.equal(many.run(work), few.run(work))
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_step_in_parts_gives_the_same_bits(name, numbers):
+    """Eight threads take the decodes in two parts and the prompts in eight; of few heads each splits its contexts."""
+    results = []
+    for num_threads in (1, 8):
+        scene = Scene(SHAPES[name], **numbers, num_threads=num_threads, max_tokens=2048)
+        lengths = [300, *range(20, 40), 299]
+        steps = [[(0, length - 6) for length in lengths]]
+        steps += [[(stop + i, stop + i + 1) for _, stop in steps[0]] for i in range(3)]
+        steps += [[(stop + 3, stop + 5) for _, stop in steps[0]]]
+        sequences = [scene.add(length) for length in lengths]
+        seen = []
+        for step in steps:
+            *batch, samples = scene.batch([(i, *work) for i, work in zip(sequences, step, strict=True)])
+            queries = scene.step.empty_queries(len(samples[::2]))
+            stepped = scene.step.forward(*batch, samples[::2], queries)
+            seen += [stepped.hidden.clone(), stepped.logits.clone(), stepped.likeliest.clone(), queries]
+        results.append(seen)
+    assert all(torch.equal(alone, in_parts) for alone, in_parts in zip(*results, strict=True))
+
+
+def test_hundreds_of_steps_in_parts_on_more_threads_than_cores_give_the_same_bits():
+    few, many = Scene(tiny(), "int8", num_threads=1), Scene(tiny(), "int8", num_threads=6)
+    for scene in (few, many):
+        sequences = [scene.add(64) for _ in range(24)]
+    for _ in range(4):
+        for position in range(64):
+            work = [(sequence, position, position + 1) for sequence in sequences]
+            assert torch.equal(many.run(*work), few.run(*work))
+
+
 @pytest.mark.parametrize("instruction_set", library.INSTRUCTION_SETS)
 def test_every_instruction_set_computes_the_step(instruction_set, numbers):
     if instruction_set not in library.load().instruction_sets:
@@ -254,6 +285,11 @@ class TestRefusals:
 
     def test_a_sample_of_no_row(self, scene):
         self.refused(scene, "row 20", lambda batch: batch["sample_rows"].__setitem__(0, 20))
+
+    def test_samples_out_of_order(self, scene):
+        self.refused(
+            scene, "row 3, which is not there, or out of order", lambda batch: batch["sample_rows"].__setitem__(4, 3)
+        )
 
     def test_more_tokens_than_it_was_made_for(self, scene):
         scene.add(33)

@@ -30,7 +30,7 @@ Verdict check(const Model &model, const Batch &batch) {
         if (const Verdict verdict = check_sequence(model, batch, seq); verdict.refusal != TAKEN) return verdict;
     if (batch.num_samples < 0 || batch.num_samples > model.max_tokens) return {TOO_MANY_TOKENS, 0, batch.num_samples};
     for (int64_t i = 0; i < batch.num_samples; i++)
-        if (batch.sample_rows[i] < 0 || batch.sample_rows[i] >= batch.num_tokens)
+        if (batch.sample_rows[i] < (i ? batch.sample_rows[i - 1] + 1 : 0) || batch.sample_rows[i] >= batch.num_tokens)
             return {BAD_SAMPLE, i, batch.sample_rows[i]};
     return {TAKEN, 0, 0};
 }

@@ -35,9 +35,10 @@ struct Model {
     Dtype cache_dtype;
 };
 
-// The sequences of a step, as model.attention.plan.AttentionPlan lays them out; num_samples rows get logits,
-// [num_samples, head.panels * 32], with the largest of each row and its index. Where queries is not null, each layer's
-// queries of these rows are kept there, [num_layers, num_samples, num_heads, padded_dim] bf16.
+// The sequences of a step, as model.attention.plan.AttentionPlan lays them out; none reads a block that another one
+// stores into. num_samples rows, in order, get logits, [num_samples, head.panels * 32], with the largest of each and its
+// index. Where queries is not null, each layer's queries of these rows are kept there, [num_layers, num_samples,
+// num_heads, padded_dim] bf16.
 struct Batch {
     const int64_t *token_ids, *positions, *query_start_loc, *block_tables, *sample_rows;
     float *logits, *largest;

@@ -13,8 +13,8 @@ T *Step::buffer(int64_t count) {
 
 Step::Step(const Model &m, const Kernels &kernels)
     : model(m), hidden_stride(m.layers[0].output.panels * PANEL), k(kernels), cache(kernels.cache[m.cache_dtype]),
-      team((int)m.num_threads, PHASES_A_LAYER * m.num_layers + OTHER_PHASES) {
-    int64_t attended_width = 0, max_experts = 0, max_chosen = 1;
+      team((int)m.num_threads, (int)m.num_threads, PHASES_A_LAYER * m.num_layers + OTHER_PHASES) {
+    int64_t max_experts = 0, max_chosen = 1;
     row_bytes = m.head.stride;
     for (int64_t i = 0; i < m.num_layers; i++) {
         const Layer &l = m.layers[i];
@@ -26,77 +26,124 @@ Step::Step(const Model &m, const Kernels &kernels)
         max_chosen = larger(max_chosen, l.experts.num_chosen);
         q_bytes = larger(q_bytes, cache.query_bytes(l.attention.padded_dim));
         q_stride = larger(q_stride, l.attention.num_heads * q_bytes);
-        attended_width = larger(attended_width, l.output.in);
+        attended_stride = larger(attended_stride, l.output.in);
         max_dim = larger(max_dim, l.attention.padded_dim);
     }
-    const int64_t n = m.max_tokens, places = n * max_chosen;
-    const int64_t units = UNITS_A_THREAD * m.num_threads, splits = ceil_div(m.max_positions, SPLIT);
+    const int64_t n = m.max_tokens, places = n * max_chosen, units = UNITS_A_THREAD * m.num_threads;
+    max_splits = ceil_div(m.max_positions, SPLIT);
     x = buffer<float>(n * hidden_stride);
     y = buffer<float>(n * hidden_stride);
     hidden = buffer<float>(n * hidden_stride);
     wide = buffer<float>(places * wide_stride);
     expert_out = buffer<float>(max_experts ? places * hidden_stride : 0);
     routing = max_experts ? new Routing(n, max_experts, max_chosen) : nullptr;
-    attended = buffer<float>(n * attended_width);
+    attended = buffer<float>(n * attended_stride);
     queries = buffer<uint8_t>(n * q_stride);
     encoded = buffer<uint8_t>(places * row_bytes);
     scales = buffer<float>(places);
     tiles = buffer<Tile>(n);
+    parts = new Part[m.num_threads]{};
     // For each unit and split, and behind them two of each thread's own.
-    softmaxes = buffer<Softmax>(units * splits);
-    partial = buffer<float>((units * splits + 2 * m.num_threads) * TILE_ROWS * max_dim);
+    softmaxes = buffer<Softmax>(units * max_splits);
+    partial = buffer<float>((units * max_splits + 2 * m.num_threads) * TILE_ROWS * max_dim);
 }
 
 Step::~Step() {
     team.dismiss();
     delete routing;
+    delete[] parts;
     for (float *memory : {x, y, hidden, wide, attended, scales, expert_out, partial}) free(memory);
     for (void *memory : {(void *)queries, (void *)encoded, (void *)tiles, (void *)softmaxes}) free(memory);
 }
 
 void Step::run(const Batch &b) {
     batch = b;
-    plan_tiles();
-    to_score = {hidden, hidden_stride, b.num_samples, b.sample_rows, b.logits};
+    to_score = {hidden, hidden_stride, b.sample_rows, b.logits};
+    plan_parts();
     team.run(
+        (int)num_parts,
         [](void *self, Member &me) {
             Step &step = *static_cast<Step *>(self);
-            const int64_t num_layers = step.model.num_layers;
-            me.share_rows(step.batch.num_tokens, [&](int64_t row) { step.embed(row); });
-            for (int64_t i = 0; i < num_layers; i++) step.layer(me, step.model.layers[i]);
-            me.share_rows(step.batch.num_tokens, [&](int64_t row) {
-                step.enter(row, step.model.layers[num_layers - 1].mlp_post_norm, Norm{});
-                const int64_t at = row * step.hidden_stride;
-                step.k.normalize(&step.model.norm, step.x + at, step.model.hidden_size, step.hidden + at);
-            });
-            step.head(me);
-            me.share_rows(step.batch.num_samples, [&](int64_t i) {
-                const float *logits = step.batch.logits + i * step.model.head.panels * PANEL;
-                const int64_t width = step.model.vocab_size;
-                step.k.likeliest(logits, width, step.batch.likeliest + i, step.batch.largest + i);
-            });
+            // Everybody begins with a part of their own, then helps with the others.
+            const int64_t count = step.num_parts;
+            for (int64_t i = 0; i < count; i++) {
+                const Part &part = step.parts[(me.index + i) % count];
+                me.enter(part.lane, step.model.num_threads / count);
+                step.compute(me, part);
+            }
         },
         this);
 }
 
 // Logits of any hidden states: [count, head.panels * 32].
 void Step::run_head(const float *states, int64_t stride, const int64_t *picked, int64_t count, float *logits) {
-    to_score = {states, stride, count, picked, logits};
+    to_score = {states, stride, picked, logits};
+    parts[0] = {};
+    parts[0].samples = {0, count};
     team.run(
+        1,
         [](void *self, Member &me) {
             Step &step = *static_cast<Step *>(self);
-            step.head(me);
+            me.enter(0, step.model.num_threads);
+            step.head(me, step.parts[0]);
         },
         this);
 }
 
-void Step::head(Member &me) {
-    if (!to_score.count) return;
-    me.share_rows(to_score.count, [&](int64_t i) {
-        encode(model.head, to_score.hidden + (to_score.picked ? to_score.picked[i] : i) * to_score.stride, i);
+// As many parts as are worth it, of which each has as many threads. Experts are chosen for all rows together.
+void Step::plan_parts() {
+    int64_t count = routing ? 1 : model.num_threads;
+    while (model.num_threads % count || !cut(count)) count--;
+    for (int64_t i = 0; i < count; i++) plan_tiles(parts[i]);
+    num_parts = count;
+}
+
+// Whether the sequences can be cut into so many parts with enough rows each; `parts` then holds them.
+bool Step::cut(int64_t count) {
+    const int64_t *starts = batch.query_start_loc, least = count > 1 ? ROWS_A_PART * count : 1;
+    int64_t seq = 0, sample = 0, tile = 0;
+    for (int64_t i = 0; i < count; i++) {
+        Part &part = parts[i];
+        const int64_t end = batch.num_tokens * (i + 1) / count, first_seq = seq, first_sample = sample;
+        // The end of a sequence that is nearest to where equal parts would end.
+        while (seq < batch.num_seqs && (starts[seq] + starts[seq + 1]) / 2 < end) seq++;
+        if (starts[seq] - starts[first_seq] < least) return false;
+        while (sample < batch.num_samples && batch.sample_rows[sample] < starts[seq]) sample++;
+        part.seqs = {first_seq, seq - first_seq};
+        part.rows = {starts[first_seq], starts[seq] - starts[first_seq]};
+        part.samples = {first_sample, sample - first_sample};
+        part.lane = i;
+        part.first_tile = tile;
+        tile += part.rows.count;  // there are no more tiles than rows
+    }
+    return true;
+}
+
+void Step::compute(Member &me, const Part &part) {
+    me.share_rows(part.rows, [&](int64_t row) { embed(row); });
+    for (int64_t i = 0; i < model.num_layers; i++) layer(me, part, model.layers[i]);
+    me.share_rows(part.rows, [&](int64_t row) {
+        enter(row, model.layers[model.num_layers - 1].mlp_post_norm, Norm{});
+        k.normalize(&model.norm, x + row * hidden_stride, model.hidden_size, hidden + row * hidden_stride);
     });
+    head(me, part);
+    me.share_rows(part.samples, [&](int64_t i) {
+        const float *logits = batch.logits + i * model.head.panels * PANEL;
+        k.likeliest(logits, model.vocab_size, batch.likeliest + i, batch.largest + i);
+    });
+}
+
+void Step::head(Member &me, const Part &part) {
+    const Range samples = part.samples;
+    if (!samples.count) return;
+    me.share_rows(samples, [&](int64_t i) {
+        const float *from = to_score.hidden + (to_score.picked ? to_score.picked[i] : i) * to_score.stride;
+        encode(part, model.head, from, i - samples.first);
+    });
+    const int64_t stride = model.head.panels * PANEL;
     const Then then = model.final_cap != 0.0f ? CAP : STORE;
-    multiply(me, model.head, {to_score.logits, model.head.panels * PANEL, model.final_cap, then, SILU}, to_score.count);
+    float *out = to_score.logits + samples.first * stride;
+    multiply(me, part, model.head, {out, stride, model.final_cap, then, SILU}, samples.count);
 }
 
 void Step::embed(int64_t row) {
@@ -109,30 +156,38 @@ void Step::embed(int64_t row) {
     }
 }
 
-void Step::layer(Member &me, const Layer &l) {
-    const int64_t n = batch.num_tokens;
+void Step::layer(Member &me, const Part &part, const Layer &l) {
+    const Range rows = part.rows;
     const bool first = &l == model.layers;
     static const Norm none{};
     const Norm &before = first ? none : (&l - 1)->mlp_post_norm;
-    me.share_rows(n, [&](int64_t row) { encode(l.qkv, enter(row, before, l.attention_norm), row); });
-    multiply(me, l.qkv, {wide, wide_stride, 0.0f, STORE, l.activation}, n);
-    me.share_rows(n, [&](int64_t row) { place(l, row); });
-    if (batch.queries) me.share(1, [&](int64_t, int64_t) { keep_queries(l); });
-    attend(me, l.attention);
-    me.share_rows(n, [&](int64_t row) { encode(l.output, attended + row * l.output.in, row); });
-    add_product(me, l.output, l.attention_post_norm);
+    me.share_rows(rows, [&](int64_t row) {
+        encode(part, l.qkv, enter(row, before, l.attention_norm), row - rows.first);
+    });
+    float *out = wide + rows.first * wide_stride;
+    multiply(me, part, l.qkv, {out, wide_stride, 0.0f, STORE, l.activation}, rows.count);
+    me.share_rows(rows, [&](int64_t row) { place(l, row); });
+    if (batch.queries) me.share(1, [&](int64_t, int64_t) { keep_queries(part, l); });
+    attend(me, part, l.attention);
+    me.share_rows(rows, [&](int64_t row) {
+        encode(part, l.output, attended + row * attended_stride, row - rows.first);
+    });
+    add_product(me, part, l.output, l.attention_post_norm);
     if (l.experts.count)
-        mixture(me, l);
+        mixture(me, part, l);
     else
-        mlp(me, l);
+        mlp(me, part, l);
 }
 
-void Step::mlp(Member &me, const Layer &l) {
-    const int64_t n = batch.num_tokens;
-    me.share_rows(n, [&](int64_t row) { encode(l.up, enter(row, l.attention_post_norm, l.mlp_norm), row); });
-    multiply(me, l.up, {wide, wide_stride, 0.0f, l.gated ? GATE : ACTIVATE, l.activation}, n);
-    me.share_rows(n, [&](int64_t row) { encode(l.down, wide + row * wide_stride, row); });
-    add_product(me, l.down, l.mlp_post_norm);
+void Step::mlp(Member &me, const Part &part, const Layer &l) {
+    const Range rows = part.rows;
+    me.share_rows(rows, [&](int64_t row) {
+        encode(part, l.up, enter(row, l.attention_post_norm, l.mlp_norm), row - rows.first);
+    });
+    float *out = wide + rows.first * wide_stride;
+    multiply(me, part, l.up, {out, wide_stride, 0.0f, l.gated ? GATE : ACTIVATE, l.activation}, rows.count);
+    me.share_rows(rows, [&](int64_t row) { encode(part, l.down, wide + row * wide_stride, row - rows.first); });
+    add_product(me, part, l.down, l.mlp_post_norm);
 }
 
 // Close the sub-block before (its norm, if it has one, then the residual sum), and open the next: its input.
@@ -147,26 +202,29 @@ const float *Step::enter(int64_t row, const Norm &after, const Norm &before) {
     return scratch;
 }
 
-void Step::encode(const Linear &linear, const float *from, int64_t row) {
-    uint8_t *out = encoded + row * linear.stride;
+// The part's row `index`, for a product. Maps have strides of their own, and parts are at different maps at a time: each
+// part has room for rows of the widest.
+void Step::encode(const Part &part, const Linear &linear, const float *from, int64_t index) {
+    uint8_t *out = encoded + part.rows.first * row_bytes + index * linear.stride;
     if (linear.dtype == INT8)
-        k.encode_int8(from, linear.in, out, linear.stride, scales + row);
+        k.encode_int8(from, linear.in, out, linear.stride, scales + part.rows.first + index);
     else
         k.encode_bf16(from, linear.in, (uint16_t *)out, linear.stride / 2);
 }
 
-void Step::multiply(Member &me, const Linear &linear, Epilogue epilogue, int64_t num_rows) {
-    const Rows rows{encoded, scales, num_rows, linear.stride};
+void Step::multiply(Member &me, const Part &part, const Linear &linear, Epilogue epilogue, int64_t num_rows) {
+    const int64_t first = part.rows.first, pieces = linear.panels / (epilogue.then == GATE ? 2 : 1);
+    const Rows rows{encoded + first * row_bytes, scales + first, num_rows, linear.stride};
     const auto product = linear.dtype == INT8 ? k.linear_int8 : k.linear_bf16;
-    const int64_t pieces = linear.panels / (epilogue.then == GATE ? 2 : 1);
     me.share(pieces, [&](int64_t panel, int64_t after) {
         // The last pieces are those of different threads: each fetches another panel of the map that comes next.
-        product(&linear, &rows, panel, &epilogue, after < pieces ? after : pieces + panel % team.size);
+        product(&linear, &rows, panel, &epilogue, after < pieces ? after : pieces + panel % me.crew);
     });
 }
 
 // Onto the residual stream at once, or, where a norm comes first, to where `enter` finds it.
-void Step::add_product(Member &me, const Linear &linear, const Norm &after) {
+void Step::add_product(Member &me, const Part &part, const Linear &linear, const Norm &after) {
     const bool direct = after.kind == NO_NORM;
-    multiply(me, linear, {direct ? x : y, hidden_stride, 0.0f, direct ? ADD : STORE, SILU}, batch.num_tokens);
+    float *out = (direct ? x : y) + part.rows.first * hidden_stride;
+    multiply(me, part, linear, {out, hidden_stride, 0.0f, direct ? ADD : STORE, SILU}, part.rows.count);
 }

@@ -6,6 +6,9 @@
 
 constexpr int64_t PHASES_A_LAYER = 15, OTHER_PHASES = 5;
 constexpr int64_t UNITS_A_THREAD = 4;  // with fewer, the context of each is split over the threads
+// Two parts have 8 rows each at least, four 16: weights that are read more often must be used by more rows. On two cores
+// a step of 16 rows takes 8.3 ms in two parts and 9.9 in one; of 8 rows two processes with 4 each gave 0.8 of the tokens.
+constexpr int64_t ROWS_A_PART = 4;
 
 inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -13,6 +16,14 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Consecutive tokens of one sequence that attend together.
 struct Tile {
     int64_t seq, first, tokens;
+};
+
+// Some of a step's sequences, with their rows and samples: they go through all phases by themselves, in a lane of their
+// own. Threads that meet at the end of each phase wait for the one that has lost its core, some 500 times a step;
+// threads with a part each meet once. Two parts read the weights twice, which the rows of each must be worth.
+struct Part {
+    Range seqs, rows, samples;
+    int64_t lane, first_tile, num_tiles, num_units, num_splits;
 };
 
 class Step {
@@ -30,42 +41,47 @@ class Step {
   private:
     template <class T>
     T *buffer(int64_t count);
-    void layer(Member &, const Layer &);
+    void plan_parts();
+    bool cut(int64_t count);
+    void plan_tiles(Part &);
+    void compute(Member &, const Part &);
+    void layer(Member &, const Part &, const Layer &);
     void embed(int64_t row);
     const float *enter(int64_t row, const Norm &after, const Norm &before);
-    void encode(const Linear &, const float *x, int64_t row);
-    void multiply(Member &, const Linear &, Epilogue, int64_t num_rows);
-    void add_product(Member &, const Linear &, const Norm &after);
-    void mlp(Member &, const Layer &);
-    void mixture(Member &, const Layer &);
+    void encode(const Part &, const Linear &, const float *x, int64_t index);
+    void multiply(Member &, const Part &, const Linear &, Epilogue, int64_t num_rows);
+    void add_product(Member &, const Part &, const Linear &, const Norm &after);
+    void mlp(Member &, const Part &, const Layer &);
+    void mixture(Member &, const Part &, const Layer &);
     void multiply_groups(Member &, const Linear *, Epilogue);
     void place(const Layer &, int64_t row);
-    void keep_queries(const Layer &);
-    void plan_tiles();
-    void attend(Member &, const Attention &);
-    Softmax attend_split(const Attention &, int64_t unit, int64_t split, float *weighted);
-    void finish(const Attention &, int64_t unit, const Softmax &);
-    void head(Member &);
+    void keep_queries(const Part &, const Layer &);
+    void attend(Member &, const Part &, const Attention &);
+    Softmax attend_split(const Part &, const Attention &, int64_t unit, int64_t split, float *weighted);
+    void finish(const Part &, const Attention &, int64_t unit, const Softmax &);
+    void head(Member &, const Part &);
 
     struct Unit {  // a tile's queries that share one key/value head
         const Tile *tile;
         int64_t kv_head, first_head, num_heads, num_rows, end;
     };
-    Unit unit_at(const Attention &, int64_t unit) const;
+    Unit unit_at(const Part &, const Attention &, int64_t unit) const;
 
     const Kernels &k;
     const CacheKernels &cache;
     Team team;
     Routing *routing;
-    int64_t wide_stride = 0, row_bytes = 0, q_bytes = 0, q_stride = 0, num_units = 0, num_splits = 0, num_tiles = 0, max_dim = 0;
+    int64_t wide_stride = 0, row_bytes = 0, q_bytes = 0, q_stride = 0, attended_stride = 0, max_dim = 0, max_splits;
     float *x, *y, *wide, *attended, *scales, *partial, *expert_out;
     Softmax *softmaxes;
     uint8_t *queries, *encoded;
     Tile *tiles;
+    Part *parts;
+    int64_t num_parts = 1;
     Batch batch{};
     struct {
         const float *hidden;
-        int64_t stride, count;
+        int64_t stride;
         const int64_t *picked;
         float *logits;
     } to_score{};

@@ -32,7 +32,7 @@ REFUSALS = (
     "row {index} has the token id {value}, outside of the vocabulary",
     "row {index} has the position {value}, outside of the context or out of order",
     "sequence {index} has the block {value} in its table, which the cache does not have, or too short a table",
-    "sample {index} is of row {value}, which is not there",
+    "sample {index} is of row {value}, which is not there, or out of order",
 )
 
 
@@ -148,7 +148,7 @@ class NativeStep:
         sample_rows: Tensor,
         queries: Tensor | None = None,
     ) -> Stepped:
-        """One step; `sample_rows` are the rows that get logits. These, ids and positions are int64.
+        """One step; `sample_rows` are the rows that get logits, in order. These, ids and positions are int64.
 
         queries: made by `empty_queries`, and filled with those of the sample rows; None: nobody asks for them.
         Raises `StepError` before anything is computed if a token, position or block is none that there is.

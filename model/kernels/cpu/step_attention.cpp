@@ -30,69 +30,72 @@ void Step::place(const Layer &l, int64_t row) {
     cache.store(&a, block, position % a.block_size, key, key + a.num_kv_heads * dim);
 }
 
-void Step::keep_queries(const Layer &l) {
+void Step::keep_queries(const Part &part, const Layer &l) {
     const Attention &a = l.attention;
-    uint16_t *kept = batch.queries + (&l - model.layers) * batch.num_samples * a.num_heads * a.padded_dim;
-    for (int64_t i = 0; i < batch.num_samples; i++)
+    const int64_t first = part.samples.first, sample = (&l - model.layers) * batch.num_samples + first;
+    uint16_t *kept = batch.queries + sample * a.num_heads * a.padded_dim;
+    for (int64_t i = first; i < first + part.samples.count; i++)
         for (int64_t head = 0; head < a.num_heads; head++, kept += a.padded_dim) {
             const float *q = wide + batch.sample_rows[i] * wide_stride + head * a.head_dim;
             k.encode_bf16(q, a.head_dim, kept, a.padded_dim);
         }
 }
 
-void Step::plan_tiles() {
+void Step::plan_tiles(Part &part) {
     const Attention &a = model.layers[0].attention;
     const int64_t group_size = a.num_heads / a.num_kv_heads, tokens = larger(1, TILE_ROWS / group_size);
     int64_t longest = 0;
-    num_tiles = 0;
-    for (int64_t seq = 0; seq < batch.num_seqs; seq++) {
+    part.num_tiles = 0;
+    for (int64_t seq = part.seqs.first; seq < part.seqs.first + part.seqs.count; seq++) {
         const int64_t last = batch.query_start_loc[seq + 1];
         for (int64_t row = batch.query_start_loc[seq]; row < last; row += tokens)
-            tiles[num_tiles++] = {seq, row, last - row < tokens ? last - row : tokens};
+            tiles[part.first_tile + part.num_tiles++] = {seq, row, last - row < tokens ? last - row : tokens};
         longest = larger(longest, batch.positions[last - 1] + 1);
     }
-    num_units = num_tiles * a.num_kv_heads * ceil_div(group_size, TILE_ROWS);
-    num_splits = ceil_div(longest, SPLIT);
+    part.num_units = part.num_tiles * a.num_kv_heads * ceil_div(group_size, TILE_ROWS);
+    part.num_splits = ceil_div(longest, SPLIT);
 }
 
-Step::Unit Step::unit_at(const Attention &a, int64_t unit) const {
+Step::Unit Step::unit_at(const Part &part, const Attention &a, int64_t unit) const {
     const int64_t group_size = a.num_heads / a.num_kv_heads, chunks = ceil_div(group_size, TILE_ROWS);
     const int64_t kv_head = unit / chunks % a.num_kv_heads, from = unit % chunks * TILE_ROWS;
     // The last tiles of a long prompt have the most to do: they are taken first.
-    const Tile &tile = tiles[num_tiles - 1 - unit / chunks / a.num_kv_heads];
+    const Tile &tile = tiles[part.first_tile + part.num_tiles - 1 - unit / chunks / a.num_kv_heads];
     const int64_t num_heads = group_size - from < TILE_ROWS ? group_size - from : TILE_ROWS;
     const int64_t last = tile.first + tile.tokens - 1;
     return {&tile, kv_head, kv_head * group_size + from, num_heads, tile.tokens * num_heads, batch.positions[last] + 1};
 }
 
-void Step::attend(Member &me, const Attention &a) {
-    const int64_t size = TILE_ROWS * max_dim;
-    if (num_units < UNITS_A_THREAD * team.size && num_splits > 1) {
-        me.share(num_units * num_splits, [&](int64_t i, int64_t) {
-            softmaxes[i] = attend_split(a, i / num_splits, i % num_splits, partial + i * size);
+void Step::attend(Member &me, const Part &part, const Attention &a) {
+    const int64_t size = TILE_ROWS * max_dim, units = part.num_units, splits = part.num_splits;
+    if (units < UNITS_A_THREAD * me.crew && splits > 1) {
+        const int64_t first = UNITS_A_THREAD * me.crew * max_splits * part.lane;  // of the part's own memory
+        me.share(units * splits, [&](int64_t i, int64_t) {
+            float *weighted = partial + (first + i) * size;
+            softmaxes[first + i] = attend_split(part, a, i / splits, i % splits, weighted);
         });
-        me.share(num_units, [&](int64_t unit, int64_t) {
-            Softmax &all = softmaxes[unit * num_splits];
-            for (int64_t split = 1; split < num_splits; split++)
-                k.merge(&all, &softmaxes[unit * num_splits + split], unit_at(a, unit).num_rows, a.padded_dim);
-            finish(a, unit, all);
+        me.share(units, [&](int64_t unit, int64_t) {
+            Softmax *all = softmaxes + first + unit * splits;
+            const int64_t num_rows = unit_at(part, a, unit).num_rows;
+            for (int64_t split = 1; split < splits; split++) k.merge(all, all + split, num_rows, a.padded_dim);
+            finish(part, a, unit, *all);
         });
         return;
     }
-    float *own = partial + (UNITS_A_THREAD * team.size * ceil_div(model.max_positions, SPLIT) + 2 * me.index) * size;
-    me.share(num_units, [&](int64_t unit, int64_t) {
-        const Unit its = unit_at(a, unit);
-        Softmax all = attend_split(a, unit, 0, own);
+    float *own = partial + (UNITS_A_THREAD * model.num_threads * max_splits + 2 * me.index) * size;
+    me.share(units, [&](int64_t unit, int64_t) {
+        const Unit its = unit_at(part, a, unit);
+        Softmax all = attend_split(part, a, unit, 0, own);
         for (int64_t split = 1; split * SPLIT < its.end; split++) {
-            const Softmax later = attend_split(a, unit, split, own + size);
+            const Softmax later = attend_split(part, a, unit, split, own + size);
             k.merge(&all, &later, its.num_rows, a.padded_dim);
         }
-        finish(a, unit, all);
+        finish(part, a, unit, all);
     });
 }
 
-Softmax Step::attend_split(const Attention &a, int64_t index, int64_t split, float *weighted) {
-    const Unit unit = unit_at(a, index);
+Softmax Step::attend_split(const Part &part, const Attention &a, int64_t index, int64_t split, float *weighted) {
+    const Unit unit = unit_at(part, a, index);
     const int64_t stop = (split + 1) * SPLIT;
     Query q[TILE_ROWS];
     for (int64_t r = 0; r < unit.num_rows; r++) {
@@ -105,10 +108,10 @@ Softmax Step::attend_split(const Attention &a, int64_t index, int64_t split, flo
     return softmax;
 }
 
-void Step::finish(const Attention &a, int64_t index, const Softmax &softmax) {
-    const Unit unit = unit_at(a, index);
+void Step::finish(const Part &part, const Attention &a, int64_t index, const Softmax &softmax) {
+    const Unit unit = unit_at(part, a, index);
     for (int64_t r = 0; r < unit.num_rows; r++) {
         const int64_t row = unit.tile->first + r / unit.num_heads, head = unit.first_head + r % unit.num_heads;
-        k.finish(&a, &softmax, r, head, attended + (row * a.num_heads + head) * a.head_dim);
+        k.finish(&a, &softmax, r, head, attended + row * attended_stride + head * a.head_dim);
     }
 }

@@ -3,21 +3,23 @@
 
 #include "step.h"
 
-// Each expert computes its own tokens; a token's experts are summed in their order, whoever else has chosen them.
-void Step::mixture(Member &me, const Layer &l) {
-    const int64_t n = batch.num_tokens, places = n * l.experts.num_chosen, width = model.hidden_size;
+// A step with experts has one part: places are counted over all rows. Each expert computes its own tokens; a token's
+// experts are summed in their order, whoever else has chosen them.
+void Step::mixture(Member &me, const Part &part, const Layer &l) {
+    const Range rows = part.rows, places{0, rows.count * l.experts.num_chosen};
+    const int64_t width = model.hidden_size;
     const bool normed = l.mlp_norm.kind != NO_NORM;
-    me.share_rows(n, [&](int64_t row) {
+    me.share_rows(rows, [&](int64_t row) {
         routing->choose(l.experts, k, row, enter(row, l.attention_post_norm, l.mlp_norm), width);
     });
-    me.share(1, [&](int64_t, int64_t) { routing->arrange(l.experts, n); });
+    me.share(1, [&](int64_t, int64_t) { routing->arrange(l.experts, rows.count); });
     me.share_rows(places, [&](int64_t place) {
-        encode(l.experts.up[0], (normed ? y : x) + routing->row_at(place) * hidden_stride, place);
+        encode(part, l.experts.up[0], (normed ? y : x) + routing->row_at(place) * hidden_stride, place);
     });
     multiply_groups(me, l.experts.up, {wide, wide_stride, 0.0f, l.gated ? GATE : ACTIVATE, l.activation});
-    me.share_rows(places, [&](int64_t place) { encode(l.experts.down[0], wide + place * wide_stride, place); });
+    me.share_rows(places, [&](int64_t place) { encode(part, l.experts.down[0], wide + place * wide_stride, place); });
     multiply_groups(me, l.experts.down, {expert_out, hidden_stride, 0.0f, STORE, SILU});
-    me.share_rows(n, [&](int64_t row) {
+    me.share_rows(rows, [&](int64_t row) {
         float *sum = y + row * hidden_stride;
         memset(sum, 0, width * sizeof(float));
         for (int64_t i = 0; i < l.experts.num_chosen; i++) {

@@ -44,13 +44,16 @@ void Signal::advance() {
     if (sleepers_.load()) wake_all(value_);
 }
 
-Team::Team(int size, int64_t max_phases)
-    : size(size), max_phases_(max_phases), phases_(new Phase[max_phases]), starts_(new Start[size]),
-      threads_(new pthread_t[size]) {}
+Team::Team(int size, int num_lanes, int64_t phases_a_lane)
+    : size(size), num_lanes_(num_lanes), phases_a_lane_(phases_a_lane), lanes_(new Lane[num_lanes]),
+      starts_(new Start[size]), threads_(new pthread_t[size]) {
+    for (int i = 0; i < num_lanes; i++) lanes_[i].phases = new Phase[phases_a_lane];
+}
 
 Team::~Team() {
     dismiss();
-    delete[] phases_;
+    for (int i = 0; i < num_lanes_; i++) delete[] lanes_[i].phases;
+    delete[] lanes_;
     delete[] starts_;
     delete[] threads_;
 }
@@ -59,7 +62,7 @@ void Team::dismiss() {
     if (process_ != getpid()) return;
     ending_.store(true);
     run_.advance();
-    progress_.advance();
+    for (int i = 0; i < num_lanes_; i++) lanes_[i].progress.advance();
     for (int i = 1; i < size; i++) pthread_join(threads_[i], nullptr);
     process_ = 0;
 }
@@ -68,7 +71,7 @@ void Team::hire() {
     process_ = getpid();
     first_run_ = run_.now();
     run_.forget_sleepers();
-    progress_.forget_sleepers();
+    for (int i = 0; i < num_lanes_; i++) lanes_[i].progress.forget_sleepers();
     for (int i = 1; i < size; i++) {
         starts_[i] = {this, i};
         if (pthread_create(&threads_[i], nullptr, live, &starts_[i])) size = i;
@@ -86,17 +89,18 @@ void *Team::live(void *start) {
     }
 }
 
-void Team::run(void (*work)(void *, Member &), void *argument) {
+void Team::run(int num_lanes, void (*work)(void *, Member &), void *argument) {
     if (size > 1 && process_ != getpid()) hire();
     const uint32_t run = run_.now() + 1;
     // Who is still on its way through the run before finds these phases to be none of its own.
-    for (int64_t i = 0; i < max_phases_; i++) {
-        phases_[i].done.store(0);
-        phases_[i].next.store(static_cast<uint64_t>(run) << 32);
-    }
+    for (int i = 0; i < num_lanes; i++)
+        for (int64_t j = 0; j < phases_a_lane_; j++) {
+            lanes_[i].phases[j].done.store(0);
+            lanes_[i].phases[j].next.store(static_cast<uint64_t>(run) << 32);
+        }
     work_.store(work);
     argument_.store(argument);
-    progress_.advance();
+    for (int i = 0; i < num_lanes_; i++) lanes_[i].progress.advance();
     run_.advance();
     Member me(*this, 0, run);
     work(argument, me);
@@ -111,10 +115,10 @@ int64_t Team::take(Phase &phase, uint32_t run, int64_t count) {
     }
 }
 
-void Team::finish(Phase &phase, uint32_t run, int64_t count) {
+void Team::finish(Lane &lane, Phase &phase, uint32_t run, int64_t count) {
     if (phase.done.fetch_add(1, std::memory_order_acq_rel) + 1 != count) return;
     phase.next.store(static_cast<uint64_t>(run) << 32 | CLOSED, std::memory_order_release);
-    progress_.advance();
+    lane.progress.advance();
 }
 
 void Team::close_empty(Phase &phase, uint32_t run) {
@@ -122,11 +126,11 @@ void Team::close_empty(Phase &phase, uint32_t run) {
     phase.next.compare_exchange_strong(untouched, untouched | CLOSED);
 }
 
-void Team::wait_for(Phase &phase, uint32_t run) {
+void Team::wait_for(Lane &lane, Phase &phase, uint32_t run) {
     for (;;) {
-        const uint32_t before = progress_.now();
+        const uint32_t before = lane.progress.now();
         const uint64_t next = phase.next.load(std::memory_order_acquire);
         if (next >> 32 != run || static_cast<uint32_t>(next) == CLOSED) return;
-        progress_.wait_while(before);
+        lane.progress.wait_while(before);
     }
 }
