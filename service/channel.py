@@ -8,12 +8,15 @@ calls beside it. The end of the channel tells either side that the other is gone
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from model.attention.weights import AttentionRequest, TokenAttention
 from model.sampling.params import GrammarSpec, SamplingParams
 from model.sampling.result import TokenLogprobs
 from service.telemetry import NO_TRAIL, Trail
+
+if TYPE_CHECKING:
+    from model.engine.request import TokenOutput
 
 # Both ends look after one another once in a turn. A channel that has nothing to carry beats every BEAT_TURNS.
 TURN_S = 0.25
@@ -26,6 +29,9 @@ SILENT_INGRESS_TURNS = 24
 UNASKED_TURNS = 12
 # Outputs that an ingress has not told us it has: some 20 MB, and seconds of the fastest engine's work.
 MAX_UNREAD = 65_536
+# Ray keeps some 40 bytes of each item of a streaming call at both of its ends until the call ends. A channel lasts for
+# days, at a hundred items a second; so after this many another call carries it on.
+ITEMS_A_CALL = 20_000
 
 
 class Details(NamedTuple):
@@ -40,6 +46,12 @@ class Details(NamedTuple):
     prompt_logprobs: list[TokenLogprobs | None] | None
     attention: list[TokenAttention] | None
     engine_seconds: float | None = None
+
+    @classmethod
+    def of(cls, output: "TokenOutput", engine_seconds: float | None) -> Self | None:
+        """None where there is nothing to tell."""
+        told = output.logprobs, output.prompt_logprobs, output.attention, engine_seconds
+        return None if told == (None,) * 4 else cls(*told)
 
 
 # request_id, new token ids, finish reason or None, prompt tokens found in the cache, details. A plain tuple: it is
@@ -159,6 +171,7 @@ class Outbox:
         self.idle_turns = 0
         self._outputs: list[Output] = []
         self._ready = asyncio.Event()
+        self._call = 0
         self._num_taken = 0
         self._num_read = 0
         self._quiet_turns = 0
@@ -197,10 +210,21 @@ class Outbox:
             self._outputs = []
         self._ready.set()
 
-    async def take(self) -> list[Output] | None:
-        """Wait for outputs and take all of them: none for a beat, None at the end of the session."""
+    def answer(self) -> int:
+        """Another call takes what comes from now on; its number. The one before finds its end."""
+        self._call += 1
+        if self._call > 1:
+            self._ready.set()
+        return self._call
+
+    def is_answered_by(self, call: int) -> bool:
+        """Whether no later call has come for this session."""
+        return call == self._call
+
+    async def take(self, call: int = 0) -> list[Output] | None:
+        """Wait for outputs and take all of them: none for a beat, None at the end of the session or of the call."""
         await self._ready.wait()
-        if self.is_closed and not self._outputs:
+        if not self.is_answered_by(call) or (self.is_closed and not self._outputs):
             return None
         taken, self._outputs = self._outputs, []
         self._num_taken += len(taken)

@@ -11,8 +11,9 @@ turns, and does not blame the others for it.
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Any
 
-from service.channel import TURN_S, Output
+from service.channel import ITEMS_A_CALL, TURN_S, Output
 from service.engines import Engines, reason
 from service.router import ReplicaGone
 
@@ -89,18 +90,35 @@ class Link:
 
     async def _carry(self) -> None:
         """Hand on what comes, until the channel ends."""
-        channel = self._engines.channel(self._channel_id, self.session, self.replica_id)
+        calls = [self._call_channel()]
         try:
-            async for outputs in channel:
-                self._quiet_turns = 0
-                if outputs:
-                    self._num_received += len(outputs)
-                    self._receive(outputs)
+            while calls:
+                await self._hear(calls)
+                calls.pop(0)
             logger.info("engine replica %s closed its channel", self.replica_id)
         except Exception as error:  # whatever it is, nothing more will come through this channel
             logger.warning("lost the channel to engine replica %s: %s", self.replica_id, reason(error))
         finally:
-            channel.cancel()
+            for call in calls:
+                call.cancel()
+
+    async def _hear(self, calls: list[Any]) -> None:
+        """Until the first call ends. Once it is long, the next is added; when that has arrived there, this one ends.
+
+        Where it never arrives (Serve sends the replica no more), this one goes on.
+        """
+        num_items = 0
+        async for outputs in calls[0]:
+            self._quiet_turns = 0
+            num_items += 1
+            if num_items == ITEMS_A_CALL and not self.is_leaving:
+                calls.append(self._call_channel())
+            if outputs:
+                self._num_received += len(outputs)
+                self._receive(outputs)
+
+    def _call_channel(self) -> Any:
+        return self._engines.channel(self._channel_id, self.session, self.replica_id)
 
     async def _watch(self, carrying: "asyncio.Task[None]") -> None:
         """Until the channel ends, falls silent, or is of no more use."""

@@ -177,16 +177,19 @@ class EngineReplica:
     async def channel(self, channel_id: str, session: int, pin: str) -> AsyncGenerator[list[Output], None]:
         """Yield every output for this ingress, one item a step, until either side goes; an empty one now and then.
 
-        When the ingress goes (its call is cancelled), its requests are aborted. A session that is over ends at once.
+        When the ingress goes (its call is cancelled), its requests are aborted. A session that is over ends at once. A
+        later call of the same session carries on where this one then ends.
         """
         outbox = self._outboxes.get(channel_id)
         if outbox is None or outbox.session != session:
             return
+        call = outbox.answer()
         try:
-            while (outputs := await outbox.take()) is not None:
+            while (outputs := await outbox.take(call)) is not None:
                 yield outputs
         finally:
-            await self._drop(outbox)
+            if outbox.is_answered_by(call):
+                await self._drop(outbox)
 
     async def ping(self, channel_id: str, session: int | None, num_read: int, pin: str) -> bool:
         """The ingress is alive, and has so many outputs of its session, if it has one. Whether this engine works."""
@@ -363,7 +366,7 @@ class EngineReplica:
             outbox = owner.outbox
             if output.token_ids:
                 owner.timing.token(len(output.token_ids), now)
-            details = _details(output, None if output.finish_reason is None else now - owner.timing.accepted_at)
+            details = Details.of(output, None if output.finish_reason is None else now - owner.timing.accepted_at)
             by_outbox.setdefault(outbox, []).append(
                 (output.request_id, output.token_ids, output.finish_reason, output.num_cached_tokens, details)
             )
@@ -392,9 +395,3 @@ class EngineReplica:
                     await self._drop(outbox)
                 elif self._idle_channel_s is not None and outbox.idle_turns * TURN_S > self._idle_channel_s:
                     self._outboxes.pop(outbox.channel_id).close()
-
-
-def _details(output: "TokenOutput", engine_seconds: float | None) -> Details | None:
-    if (output.logprobs, output.prompt_logprobs, output.attention, engine_seconds) == (None,) * 4:
-        return None
-    return Details(output.logprobs, output.prompt_logprobs, output.attention, engine_seconds)

@@ -118,13 +118,19 @@ class FakeFleet:
         await self.replicas[order[0]].awake.wait()
         return EngineInfo(max_model_len=64, capacity=16, kv_cache_tokens=4096)
 
-    async def _channel(self, channel_id: str, session: int, pin: str) -> AsyncIterator[Any]:
-        replica = self._pinned(pin)
-        if replica.outbox.session != session:
-            return
-        while (outputs := await replica.outbox.take()) is not None:
-            await replica.awake.wait()
-            yield outputs
+    def _channel(self, channel_id: str, session: int, pin: str) -> AsyncIterator[Any]:
+        """The call is made at once, as Serve's are, and its error is met by who iterates."""
+        replica = self.replicas.get(pin)
+        call = None if replica is None or replica.outbox.session != session else replica.outbox.answer()
+
+        async def items() -> AsyncIterator[Any]:
+            if replica is None:
+                raise ReplicaGone(pin)
+            while call is not None and (outputs := await replica.outbox.take(call)) is not None:
+                await replica.awake.wait()
+                yield outputs
+
+        return items()
 
     def _pinned(self, pin: str) -> FakeReplica:
         if pin not in self.replicas:
@@ -176,13 +182,18 @@ class LocalFleet:
             raise ReplicaGone(pin)
         return await getattr(self.replicas[pin], method)(*args, pin=pin)
 
-    async def _channel(self, channel_id: str, session: int, pin: str) -> AsyncIterator[Any]:
+    def _channel(self, channel_id: str, session: int, pin: str) -> AsyncIterator[Any]:
+        """The call is made at once, as Serve's are, and its error is met by who iterates."""
         if pin not in self.replicas:
-            raise ReplicaGone(pin)
+            return self._items(pin, None)
         channel = self.replicas[pin].channel(channel_id, session, pin)
+        return self._items(pin, channel, asyncio.ensure_future(anext(channel)))
+
+    async def _items(self, pin: str, channel: Any, item: "asyncio.Future[Any] | None" = None) -> AsyncIterator[Any]:
+        if item is None or pin not in self.replicas:
+            raise ReplicaGone(pin)
         died = asyncio.ensure_future(self.deaths[pin].wait())
         while True:
-            item = asyncio.ensure_future(anext(channel))
             await asyncio.wait({item, died}, return_when=asyncio.FIRST_COMPLETED)
             if died.done():
                 item.cancel()
@@ -199,6 +210,7 @@ class LocalFleet:
                     self.lifetime = None
                     self.kill(pin)
             yield outputs
+            item = asyncio.ensure_future(anext(channel))
 
 
 class Broadcast:

@@ -37,6 +37,18 @@ async def test_a_closed_outbox_gives_what_it_holds_and_then_ends() -> None:
     assert await outbox.take() is None
 
 
+async def test_a_call_that_another_has_followed_ends_and_takes_nothing_more() -> None:
+    outbox = Outbox()
+    first = outbox.answer()
+    taking = asyncio.create_task(outbox.take(first))
+    await asyncio.sleep(0)
+    second = outbox.answer()
+    outbox.put([("a", [1], None, 0, None)])
+    assert await taking is None
+    assert await outbox.take(first) is None
+    assert await outbox.take(second) == [("a", [1], None, 0, None)]
+
+
 async def test_a_beat_is_an_item_without_outputs() -> None:
     outbox = Outbox()
     outbox.turn(beat=True)

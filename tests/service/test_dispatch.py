@@ -279,6 +279,36 @@ async def test_what_a_replica_has_that_is_to_go_it_finishes() -> None:
     await until(lambda: link.is_done)
 
 
+async def test_another_call_carries_a_channel_on_before_ray_has_kept_much_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.link.ITEMS_A_CALL", 3)
+    fleet = FakeFleet("a")
+    dispatcher = dispatcher_for(fleet)
+    generation = await dispatcher.open([WORK])
+    a = fleet.replicas["a"]
+    for token in range(10):
+        a.say(0, token)
+        assert await tokens(generation, 1) == [token], "each an item of its own"
+    assert not a.outbox.is_answered_by(call=1)
+    assert len(a.submitted) == 1
+    a.outbox.close()
+    await until(lambda: not dispatcher._links["a"].is_open)
+
+
+async def test_a_channel_that_no_other_call_can_carry_on_goes_on_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.link.ITEMS_A_CALL", 2)
+    fleet = FakeFleet("a")
+    generation = await dispatcher_for(fleet).open([WORK])
+    fleet.replicas["a"].say(0, 0)
+    assert await tokens(generation, 1) == [0], "its channel is open"
+    a = fleet.leave("a")
+    for token in range(1, 6):
+        a.say(0, token)
+        assert await tokens(generation, 1) == [token]
+    assert a.outbox.is_answered_by(call=1)
+
+
 @pytest.mark.usefixtures("quick_turns")
 async def test_a_replica_that_was_to_go_and_is_stopped_before_it_is_through_has_not_failed() -> None:
     fleet = FakeFleet("r0")

@@ -119,6 +119,20 @@ async def test_the_end_of_a_channel_frees_what_its_ingress_had_running(replica: 
     assert sample(replica, "kv_cache_usage_ratio") == 0
 
 
+async def test_a_later_call_carries_a_channel_on_and_nothing_is_aborted(replica: EngineReplica) -> None:
+    await replica.submit("c", [submission("a", max_tokens=200)], RouteHint())
+    first, second = replica.channel("c", 0, "r1"), replica.channel("c", 0, "r1")
+    got = await anext(first)
+    later = asyncio.create_task(anext(second))
+    got += [output for outputs in [item async for item in first] for output in outputs]
+    got += await later
+    while not any(finish_reason for _, _, finish_reason, _, _ in got):
+        got += await anext(second)
+    assert sum(len(token_ids) for _, token_ids, _, _, _ in got) == 200
+    await second.aclose()
+    assert replica._outboxes == {}
+
+
 async def test_an_ingress_that_falls_silent_is_forgotten(
     replica: EngineReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:

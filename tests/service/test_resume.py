@@ -143,6 +143,18 @@ async def test_an_answer_whose_replica_died_is_the_undisturbed_one(
     assert [receipt["resumes"] for receipt in receipts] == [0, 1]
 
 
+async def test_an_answer_is_the_same_where_a_channel_takes_a_call_for_each_item(
+    api: httpx.AsyncClient, fleet: LocalFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = await complete(api, **LONG)
+    monkeypatch.setattr("service.link.ITEMS_A_CALL", 1)
+    for lifetime in (None, 7):
+        fleet.lifetime = lifetime
+        disturbed = await complete(api, **LONG)
+        assert disturbed["choices"] == undisturbed["choices"]
+    assert disturbed["receipt"]["resumes"] == 1
+
+
 async def test_a_stop_string_that_a_death_falls_into_is_found_and_never_shown(
     api: httpx.AsyncClient, fleet: LocalFleet
 ) -> None:
