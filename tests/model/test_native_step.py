@@ -179,6 +179,20 @@ def test_a_step_in_parts_gives_the_same_bits(name, numbers):
     assert all(torch.equal(alone, in_parts) for alone, in_parts in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_a_long_prompt_in_parts_gives_the_same_bits(num_threads, numbers):
+    """A part attends to the rows of those before it, which other threads store at the same time."""
+    few = Scene(tiny(), **numbers, num_threads=1)
+    sequence = few.add(900)
+    starts = [*range(0, 900, 64), 900]
+    expected = torch.cat([few.run((sequence, *work)) for work in itertools.pairwise(starts)])
+    scene = Scene(tiny(), **numbers, num_threads=num_threads, max_tokens=1024)
+    sequence, other = scene.add(900), scene.add(40)
+    for _ in range(5):
+        together = scene.run((other, 0, 37), (sequence, 0, 900))
+        assert torch.equal(together[37:], expected)
+
+
 def test_hundreds_of_steps_in_parts_on_more_threads_than_cores_give_the_same_bits():
     few, many = Scene(tiny(), "int8", num_threads=1), Scene(tiny(), "int8", num_threads=6)
     for scene in (few, many):

@@ -13,7 +13,8 @@ T *Step::buffer(int64_t count) {
 
 Step::Step(const Model &m, const Kernels &kernels)
     : model(m), hidden_stride(m.layers[0].output.panels * PANEL), k(kernels), cache(kernels.cache[m.cache_dtype]),
-      team((int)m.num_threads, (int)m.num_threads, PHASES_A_LAYER * m.num_layers + OTHER_PHASES) {
+      max_parts(larger(m.num_threads, ceil_div(m.max_tokens, MAX_ROWS_A_PART) + m.num_threads)),
+      team((int)m.num_threads, (int)max_parts, PHASES_A_LAYER * m.num_layers + OTHER_PHASES) {
     int64_t max_experts = 0, max_chosen = 1;
     row_bytes = m.head.stride;
     for (int64_t i = 0; i < m.num_layers; i++) {
@@ -42,7 +43,7 @@ Step::Step(const Model &m, const Kernels &kernels)
     encoded = buffer<uint8_t>(places * row_bytes);
     scales = buffer<float>(places);
     tiles = buffer<Tile>(n);
-    parts = new Part[m.num_threads]{};
+    parts = new Part[max_parts]{};
     // For each unit and split, and behind them two of each thread's own.
     softmaxes = buffer<Softmax>(units * max_splits);
     partial = buffer<float>((units * max_splits + 2 * m.num_threads) * TILE_ROWS * max_dim);
@@ -64,13 +65,16 @@ void Step::run(const Batch &b) {
         (int)num_parts,
         [](void *self, Member &me) {
             Step &step = *static_cast<Step *>(self);
-            // Everybody begins with a part of their own, then helps with the others.
-            const int64_t count = step.num_parts;
-            for (int64_t i = 0; i < count; i++) {
-                const Part &part = step.parts[(me.index + i) % count];
-                me.enter(part.lane, step.model.num_threads / count);
+            // Everybody takes parts of their own, then helps with those of others.
+            const int64_t count = step.num_parts, threads = step.model.num_threads, crew = larger(1, threads / count);
+            const auto go_through = [&](const Part &part) {
+                me.enter(part.lane, crew);
                 step.compute(me, part);
-            }
+            };
+            const int64_t turns = larger(count, threads);
+            for (int64_t i = me.begin_one_of(turns); i != Member::NOTHING; i = me.begin_one_of(turns))
+                go_through(step.parts[i % count]);
+            for (int64_t i = 0; i < count; i++) go_through(step.parts[i]);
         },
         this);
 }
@@ -90,33 +94,27 @@ void Step::run_head(const float *states, int64_t stride, const int64_t *picked, 
         this);
 }
 
-// As many parts as are worth it, of which each has as many threads. Experts are chosen for all rows together.
+// Of a small step as many parts as its rows are worth, each with as many threads; of a large one as many as keep a part's
+// rows in a core's cache. Experts are chosen for all rows together.
 void Step::plan_parts() {
-    int64_t count = routing ? 1 : model.num_threads;
-    while (model.num_threads % count || !cut(count)) count--;
-    for (int64_t i = 0; i < count; i++) plan_tiles(parts[i]);
-    num_parts = count;
-}
-
-// Whether the sequences can be cut into so many parts with enough rows each; `parts` then holds them.
-bool Step::cut(int64_t count) {
-    const int64_t *starts = batch.query_start_loc, least = count > 1 ? ROWS_A_PART * count : 1;
-    int64_t seq = 0, sample = 0, tile = 0;
+    const int64_t n = batch.num_tokens, threads = model.num_threads;
+    int64_t count = threads;
+    while (count > 1 && (threads % count || n < ROWS_A_PART * count * count)) count--;
+    if (n > MAX_ROWS_A_PART * threads) count = ceil_div(ceil_div(n, MAX_ROWS_A_PART), threads) * threads;
+    if (routing) count = 1;
+    int64_t seq = 0, sample = 0;
     for (int64_t i = 0; i < count; i++) {
+        const int64_t first = n * i / count, end = n * (i + 1) / count, first_sample = sample;
+        while (batch.query_start_loc[seq + 1] <= first) seq++;
+        while (sample < batch.num_samples && batch.sample_rows[sample] < end) sample++;
         Part &part = parts[i];
-        const int64_t end = batch.num_tokens * (i + 1) / count, first_seq = seq, first_sample = sample;
-        // The end of a sequence that is nearest to where equal parts would end.
-        while (seq < batch.num_seqs && (starts[seq] + starts[seq + 1]) / 2 < end) seq++;
-        if (starts[seq] - starts[first_seq] < least) return false;
-        while (sample < batch.num_samples && batch.sample_rows[sample] < starts[seq]) sample++;
-        part.seqs = {first_seq, seq - first_seq};
-        part.rows = {starts[first_seq], starts[seq] - starts[first_seq]};
+        part.rows = {first, end - first};
         part.samples = {first_sample, sample - first_sample};
         part.lane = i;
-        part.first_tile = tile;
-        tile += part.rows.count;  // there are no more tiles than rows
+        part.follows = batch.query_start_loc[seq] < first;
+        plan_tiles(part, seq);
     }
-    return true;
+    num_parts = count;
 }
 
 void Step::compute(Member &me, const Part &part) {
@@ -167,6 +165,7 @@ void Step::layer(Member &me, const Part &part, const Layer &l) {
     float *out = wide + rows.first * wide_stride;
     multiply(me, part, l.qkv, {out, wide_stride, 0.0f, STORE, l.activation}, rows.count);
     me.share_rows(rows, [&](int64_t row) { place(l, row); });
+    for (const Part *own = &part; own->follows; own--) me.wait_for_lane(own->lane - 1);
     if (batch.queries) me.share(1, [&](int64_t, int64_t) { keep_queries(part, l); });
     attend(me, part, l.attention);
     me.share_rows(rows, [&](int64_t row) {

@@ -8,7 +8,7 @@ constexpr int64_t PHASES_A_LAYER = 15, OTHER_PHASES = 5;
 constexpr int64_t UNITS_A_THREAD = 4;  // with fewer, the context of each is split over the threads
 // Two parts have 8 rows each at least, four 16: weights that are read more often must be used by more rows. On two cores
 // a step of 16 rows takes 8.3 ms in two parts and 9.9 in one; of 8 rows two processes with 4 each gave 0.8 of the tokens.
-constexpr int64_t ROWS_A_PART = 4;
+constexpr int64_t ROWS_A_PART = 4, MAX_ROWS_A_PART = 128;
 
 inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -18,12 +18,14 @@ struct Tile {
     int64_t seq, first, tokens;
 };
 
-// Some of a step's sequences, with their rows and samples: they go through all phases by themselves, in a lane of their
-// own. Threads that meet at the end of each phase wait for the one that has lost its core, some 500 times a step;
-// threads with a part each meet once. Two parts read the weights twice, which the rows of each must be worth.
+// Some rows of a step, with their samples: they go through all phases in a lane of their own. Threads that meet at the
+// end of each phase wait for the one that has lost its core, some 500 times a step; threads with parts of their own meet
+// once. And what a phase makes of so few rows is still in the core's cache when the next one reads it. Each part reads
+// the weights, which its rows must be worth.
 struct Part {
-    Range seqs, rows, samples;
-    int64_t lane, first_tile, num_tiles, num_units, num_splits;
+    Range rows, samples;
+    int64_t lane, num_tiles, num_units, num_splits;
+    bool follows;  // its first row goes on with a sequence of the part before, whose keys and values it attends to
 };
 
 class Step {
@@ -42,8 +44,7 @@ class Step {
     template <class T>
     T *buffer(int64_t count);
     void plan_parts();
-    bool cut(int64_t count);
-    void plan_tiles(Part &);
+    void plan_tiles(Part &, int64_t seq);
     void compute(Member &, const Part &);
     void layer(Member &, const Part &, const Layer &);
     void embed(int64_t row);
@@ -69,6 +70,7 @@ class Step {
 
     const Kernels &k;
     const CacheKernels &cache;
+    const int64_t max_parts;
     Team team;
     Routing *routing;
     int64_t wide_stride = 0, row_bytes = 0, q_bytes = 0, q_stride = 0, attended_stride = 0, max_dim = 0, max_splits;

@@ -41,15 +41,18 @@ void Step::keep_queries(const Part &part, const Layer &l) {
         }
 }
 
-void Step::plan_tiles(Part &part) {
+// seq: of the part's first row. There are no more tiles than rows: a part's tiles stand where its rows do.
+void Step::plan_tiles(Part &part, int64_t seq) {
     const Attention &a = model.layers[0].attention;
     const int64_t group_size = a.num_heads / a.num_kv_heads, tokens = larger(1, TILE_ROWS / group_size);
+    const int64_t end = part.rows.first + part.rows.count;
     int64_t longest = 0;
     part.num_tiles = 0;
-    for (int64_t seq = part.seqs.first; seq < part.seqs.first + part.seqs.count; seq++) {
-        const int64_t last = batch.query_start_loc[seq + 1];
-        for (int64_t row = batch.query_start_loc[seq]; row < last; row += tokens)
-            tiles[part.first_tile + part.num_tiles++] = {seq, row, last - row < tokens ? last - row : tokens};
+    for (int64_t row = part.rows.first; row < end; seq++) {
+        const int64_t its_end = batch.query_start_loc[seq + 1], last = its_end < end ? its_end : end;
+        for (; row < last; row += tokens)
+            tiles[part.rows.first + part.num_tiles++] = {seq, row, last - row < tokens ? last - row : tokens};
+        row = last;
         longest = larger(longest, batch.positions[last - 1] + 1);
     }
     part.num_units = part.num_tiles * a.num_kv_heads * ceil_div(group_size, TILE_ROWS);
@@ -60,7 +63,7 @@ Step::Unit Step::unit_at(const Part &part, const Attention &a, int64_t unit) con
     const int64_t group_size = a.num_heads / a.num_kv_heads, chunks = ceil_div(group_size, TILE_ROWS);
     const int64_t kv_head = unit / chunks % a.num_kv_heads, from = unit % chunks * TILE_ROWS;
     // The last tiles of a long prompt have the most to do: they are taken first.
-    const Tile &tile = tiles[part.first_tile + part.num_tiles - 1 - unit / chunks / a.num_kv_heads];
+    const Tile &tile = tiles[part.rows.first + part.num_tiles - 1 - unit / chunks / a.num_kv_heads];
     const int64_t num_heads = group_size - from < TILE_ROWS ? group_size - from : TILE_ROWS;
     const int64_t last = tile.first + tile.tokens - 1;
     return {&tile, kv_head, kv_head * group_size + from, num_heads, tile.tokens * num_heads, batch.positions[last] + 1};
@@ -82,6 +85,7 @@ void Step::attend(Member &me, const Part &part, const Attention &a) {
         });
         return;
     }
+    me.skip();  // the second phase of those above
     float *own = partial + (UNITS_A_THREAD * model.num_threads * max_splits + 2 * me.index) * size;
     me.share(units, [&](int64_t unit, int64_t) {
         const Unit its = unit_at(part, a, unit);

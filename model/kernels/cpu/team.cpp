@@ -98,6 +98,7 @@ void Team::run(int num_lanes, void (*work)(void *, Member &), void *argument) {
             lanes_[i].phases[j].done.store(0);
             lanes_[i].phases[j].next.store(static_cast<uint64_t>(run) << 32);
         }
+    lanes_begun_.next.store(static_cast<uint64_t>(run) << 32);
     work_.store(work);
     argument_.store(argument);
     for (int i = 0; i < num_lanes_; i++) lanes_[i].progress.advance();

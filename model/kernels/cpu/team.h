@@ -1,5 +1,5 @@
 // A few threads that take a step together: they share out the pieces of each phase, and the next phase begins when all
-// pieces are done. Phases form lanes, which know nothing of each other: a thread goes through one after another.
+// pieces are done. Phases form lanes, which a thread goes through one after another; all lanes have the same phases.
 //
 // Not when all threads have arrived: one that has lost its core to another process holds up the piece it was at, and
 // the others do the rest of its work until it is back. Who waits spins for some microseconds, then sleeps in the kernel.
@@ -67,6 +67,7 @@ class Team {
     void close_empty(Phase &phase, uint32_t run);
     void wait_for(Lane &lane, Phase &phase, uint32_t run);
 
+    Phase lanes_begun_;
     const int num_lanes_;
     const int64_t phases_a_lane_;
     Lane *lanes_;
@@ -91,6 +92,15 @@ class Member {
         this->crew = crew;
         phase_ = 0;
     }
+
+    // A lane that nobody has begun, in order, or none. Counted up to `count`, which may be more than there are lanes.
+    int64_t begin_one_of(int64_t count) { return team_.take(team_.lanes_begun_, run_, count); }
+    static constexpr int64_t NOTHING = Team::NOTHING;
+
+    // Wait until the phase that this member has just been through is over in another lane, too.
+    void wait_for_lane(int64_t lane) { team_.wait_for(team_.lanes_[lane], team_.lanes_[lane].phases[phase_ - 1], run_); }
+
+    void skip() { phase_++; }  // a phase that the lane does without
 
     // Call work(i, after) for every i in [0, count), each on one member; `after` is what the same member takes next
     // (`count` if nothing). Returns when all are done, whoever did them: a member that has lost its core holds up no
