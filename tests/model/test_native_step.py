@@ -160,7 +160,7 @@ def test_hundreds_of_steps_on_more_threads_than_cores_give_the_same_bits():
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_step_in_parts_gives_the_same_bits(name, numbers):
-    """Eight threads take the decodes in two parts and the prompts in eight; of few heads each splits its contexts."""
+    """Eight threads take the decodes in two parts and the prompts in 16; of few heads each splits its contexts."""
     results = []
     for num_threads in (1, 8):
         scene = Scene(SHAPES[name], **numbers, num_threads=num_threads, max_tokens=2048)
